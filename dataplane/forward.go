@@ -1,0 +1,252 @@
+// Package dataplane forwards packets between a node's uplink, its pods and its kernel.
+//
+// This page is a packet's journey; read it from top to bottom. A [Worker] receives a batch of packets from one port and takes them
+// through these stages, the whole batch through each:
+//
+//	parse    what is it?                                         packet.Parse: a value, malformed or not
+//	decide   who sent it, where to, does it fit?                 Decide: a function of (snapshot, port, packet) without side effects
+//	execute  rewrite it and put it into the queue of its port    or answer it, fragment it, drop it with its one reason
+//	flush    hand each touched port what is queued for it        once a batch
+//
+// Every packet ends in exactly one of: sent to a port (the host's is one), answered, one drop reason. ICMP errors leave by a second exit
+// with a budget of its own (exits.go). What a port cannot take as it is — a GSO frame, an unfinished checksum — is done on the way into its
+// queue (egress.go). The shared tables are one immutable [Snapshot] behind an atomic pointer (snapshot.go); loop, parking and counters are in worker.go
+// and stats.go.
+package dataplane
+
+import (
+	"github.com/overplane/overplane/dataplane/drop"
+	"github.com/overplane/overplane/dataplane/fib"
+	"github.com/overplane/overplane/dataplane/icmp"
+	"github.com/overplane/overplane/dataplane/packet"
+	"github.com/overplane/overplane/dataplane/port"
+)
+
+// forward takes the frames received from one port through their journey. It owns them from here.
+func (w *Worker) forward(in *slot, frames []port.Frame) {
+	n := w.parse(in, frames)
+	w.decide(in, n)
+	w.execute(in, frames, n)
+	w.flush()
+}
+
+// parse fills packets[:n], heads[:n] (the index of each packet's first frame; heads[n] ends the last) and the packets' sizes and segments.
+func (w *Worker) parse(in *slot, frames []port.Frame) (n int) {
+	for i := 0; i < len(frames); n++ {
+		f, p := &frames[i], &w.packets[n]
+		w.heads[n] = uint16(i)
+		total, length := int(f.Len), 1
+		if f.Flags&port.More != 0 {
+			total, length = port.PacketLen(frames[i:])
+		}
+		chain := frames[i : i+length]
+		i += length
+		packet.Parse(p, w.pool.Bytes(f), total)
+		w.size[n], w.segments[n] = p.Length, 1
+		if f.Offload != (port.Offload{}) {
+			w.parseOffload(n, chain, total)
+		}
+		in.in.Frames++
+		in.in.Packets += uint64(w.segments[n])
+		w.received += uint64(w.segments[n])
+		in.in.Bytes += uint64(total)
+	}
+	w.heads[n] = uint16(len(frames))
+	return n
+}
+
+// decide fills verdicts[:n].
+func (w *Worker) decide(in *slot, n int) {
+	for i := range w.packets[:n] {
+		Decide(w.snap, in.info, &w.packets[i], w.size[i], &w.verdicts[i])
+	}
+}
+
+// execute does to each packet what was decided.
+func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
+	for i := range w.verdicts[:n] {
+		v, p, chain := &w.verdicts[i], &w.packets[i], frames[w.heads[i]:w.heads[i+1]]
+		switch v.Action {
+		case Forward:
+			w.rewrite(v, p, &chain[0])
+			w.enqueue(w.egress(v), i, chain)
+		case Fragment:
+			w.rewrite(v, p, &chain[0])
+			w.fragment(w.egress(v), v, p, chain)
+		case Answer:
+			w.answer(in, p, chain)
+		default:
+			if v.Error != icmp.None {
+				w.sendError(v, p, in.info, &chain[0])
+			}
+			in.dropsIn[v.Reason] += uint64(w.segments[i])
+			w.pool.FreeAll(chain)
+		}
+	}
+}
+
+// Action is what becomes of a packet.
+type Action uint8
+
+// The actions.
+const (
+	Drop     Action = iota // it dies of Verdict.Reason; Verdict.Error, if any, is sent to its source
+	Forward                // it leaves by Verdict.Adjacency
+	Fragment               // the same, in fragments of the adjacency's MTU
+	Answer                 // the data plane is its destination: ARP, neighbour discovery, ping of the gateway
+)
+
+// Verdict is the decision on one packet.
+type Verdict struct {
+	Adjacency uint32 // index in the snapshot's FIB; Forward and Fragment
+	Action    Action
+	Reason    drop.Reason // Drop
+	Error     icmp.Error  // Drop: the ICMP error its source deserves, or icmp.None
+	Decrement bool        // the packet is routed here: its TTL or hop limit goes down by one
+	MTU       uint16      // Drop: the MTU to tell with fragment needed and packet too big
+}
+
+// Decide decides on a packet that came in from a port: side-effect free, so that the same code forwards, explains and replays. size is the length of
+// the largest IP packet the frame stands for: its own, or that of a GSO frame's segments. The verdict is overwritten.
+func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict) {
+	*v = Verdict{}
+	if p.Reason != drop.None {
+		v.Reason = p.Reason
+		return
+	}
+	if p.EthDst != s.ethernetAddress(in) || p.Kind == packet.KindARP || p.Flags&(packet.FlagND|packet.FlagMulticast) != 0 {
+		decideLink(s, in, p, v)
+		return
+	}
+
+	if v.Reason = sourceAllowed(s, in, p); v.Reason != drop.None {
+		if linkLocal(p.Src) {
+			decideLink(s, in, p, v)
+		}
+		return
+	}
+
+	route := s.FIB.Lookup(p.Dst)
+	switch route.Kind() {
+	case fib.Pod:
+	case fib.Node:
+		if in.Kind == PortUplink { // we are the owner of our blocks, not a way to others'
+			v.Reason = drop.HairpinUplink
+			return
+		}
+	case fib.Host:
+		if in.Kind == PortHost {
+			v.Reason = drop.DestinationNotOurs
+			return
+		}
+	case fib.Member:
+		if in.Kind != PortPod {
+			v.Reason = drop.DestinationNotOurs
+			return
+		}
+	case fib.Outside:
+		if decideOutside(s, in, p, v); v.Reason != drop.None || v.Action == Answer {
+			return
+		}
+	default:
+		v.Reason, v.Error = drop.Unreachable, icmp.HostUnreachable
+		return
+	}
+
+	// The host's kernel and the data plane are one router: what one hands to the other was or will be counted as a hop by one of them.
+	if in.Kind != PortHost && route.Kind() != fib.Host {
+		if p.TTL <= 1 {
+			v.Reason, v.Error = drop.HopLimitExceeded, icmp.TimeExceeded
+			return
+		}
+		v.Decrement = true
+	}
+
+	v.Adjacency = route.Adjacency()
+	v.Action = Forward
+	if mtu := s.FIB.Adjacency(v.Adjacency).MTU; size > uint32(mtu) {
+		if p.Flags&packet.FlagDF != 0 || size != p.Length { // a GSO frame's sender chose the size of its segments and knows how to choose another
+			v.Action, v.Reason, v.Error, v.MTU = Drop, drop.TooBig, icmp.PacketTooBig, mtu
+			return
+		}
+		v.Action = Fragment
+	}
+
+	if !policyAllows(s, in, p) {
+		v.Action, v.Reason, v.Error = Drop, drop.PolicyDenied, icmp.AdminProhibited
+	}
+}
+
+// ethernetAddress is what frames received from the port must be addressed to.
+func (s *Snapshot) ethernetAddress(in *PortInfo) packet.MAC {
+	if in.Kind == PortUplink {
+		return in.MAC
+	}
+	return s.GatewayMAC
+}
+
+// sourceAllowed checks that the packet's source may send from this port: pods only from their own addresses, the host only from its
+// own, and other nodes only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path).
+func sourceAllowed(s *Snapshot, in *PortInfo, p *packet.Packet) drop.Reason {
+	switch in.Kind {
+	case PortPod:
+		if p.Src == in.Addr4 || p.Src == in.Addr6 {
+			return drop.None
+		}
+		return drop.SourceNotPods
+	case PortUplink:
+		back := s.FIB.Lookup(p.Src)
+		if k := back.Kind(); (k == fib.Node || k == fib.Member) && s.FIB.Adjacency(back.Adjacency()).Dst == p.EthSrc {
+			return drop.None
+		}
+		return drop.SourceNotMember
+	default:
+		if s.FIB.Lookup(p.Src).Kind() == fib.Host {
+			return drop.None
+		}
+		return drop.SourceNotHosts
+	}
+}
+
+// decideOutside decides on a packet for an address that is nobody's in the cluster. It leaves Reason and Action alone if the packet may leave.
+func decideOutside(s *Snapshot, in *PortInfo, p *packet.Packet, v *Verdict) {
+	switch {
+	case in.Kind != PortPod && !linkLocal(p.Dst):
+		v.Reason = drop.DestinationNotOurs
+	case linkLocal(p.Dst):
+		decideLink(s, in, p, v)
+	case !s.NoSNAT:
+		v.Reason, v.Error = drop.OutsideNoSNAT, icmp.AdminProhibited
+	}
+}
+
+// decideLink decides on what does not leave its link: ARP, neighbour discovery, link-local and multicast destinations, frames that are not for us.
+func decideLink(s *Snapshot, in *PortInfo, p *packet.Packet, v *Verdict) {
+	toGateway := p.Dst == s.Gateway4 || p.Dst == s.Gateway6
+	echo := p.Flags&packet.FlagL4 != 0 && (p.Proto == packet.ProtoICMP && p.ICMPType == 8 || p.Proto == packet.ProtoICMPv6 && p.ICMPType == 128)
+	switch {
+	case in.Kind == PortUplink: // the steering program sends us none of it
+		v.Reason = drop.EthNotForUs
+	case p.Kind == packet.KindARP || p.Flags&packet.FlagND != 0:
+		v.Action, v.Reason = Answer, drop.None
+	case p.Flags&packet.FlagMulticast != 0:
+		v.Reason = drop.IPMulticast
+	case p.EthDst != s.GatewayMAC:
+		v.Reason = drop.EthNotForUs
+	case toGateway && echo:
+		v.Action, v.Reason = Answer, drop.None
+	default:
+		v.Reason = drop.LinkLocal
+	}
+}
+
+// linkLocal reports whether the address is in 169.254.0.0/16 (RFC 3927) or fe80::/10 (RFC 4291).
+func linkLocal(a packet.Addr) bool {
+	if a.Is4() {
+		return a.V4()>>16 == 0xa9fe
+	}
+	return a.Hi>>54 == 0xfe80>>6
+}
+
+// policyAllows is where network policy will be asked. It allows everything.
+func policyAllows(*Snapshot, *PortInfo, *packet.Packet) bool { return true }

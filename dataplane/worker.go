@@ -1,0 +1,268 @@
+package dataplane
+
+import (
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/overplane/overplane/dataplane/drop"
+	"github.com/overplane/overplane/dataplane/icmp"
+	"github.com/overplane/overplane/dataplane/packet"
+	"github.com/overplane/overplane/dataplane/port"
+)
+
+const (
+	// batch is how many packets take each stage together: few enough for their headers and verdicts to stay in the first-level cache.
+	batch = 64
+	// queueFrames is how many frames a port's queue holds within a batch.
+	queueFrames = 256
+)
+
+// Worker is one forwarding thread's state. It owns the queues q of every port with q mod workers = its index, its pool and its counters; only the
+// goroutine that calls Poll touches them. Other goroutines reach it through the atomic fields.
+type Worker struct {
+	index int
+	cpu   int
+	of    int // number of workers
+	pool  *port.Pool
+	log   *slog.Logger
+
+	// Shared with other goroutines.
+	published *atomic.Pointer[Snapshot]
+	heartbeat *uint64                      // CLOCK_MONOTONIC nanoseconds of the last poll; nil: nobody listens
+	passed    atomic.Uint64                // generation of the snapshot by which the last finished poll forwarded
+	request   atomic.Pointer[statsRequest] // somebody wants the counters
+	clock     clock
+
+	snap   *Snapshot
+	slots  []*slot
+	polled []source // queues asked on every poll
+	wait   waiter   // all other queues, asked when epoll names them
+	kicks  []port.Flusher
+	now    int64 // monotonic nanoseconds at the start of the poll
+
+	// One batch on its journey.
+	batch    []port.Frame
+	frames   [batch * 2]port.Frame
+	heads    [batch*2 + 1]uint16
+	packets  [batch * 2]packet.Packet
+	size     [batch * 2]uint32 // largest IP packet a frame stands for
+	segments [batch * 2]uint32 // packets a frame stands for
+	verdicts [batch * 2]Verdict
+	made     [port.MaxChain]port.Frame // scratch: frames the worker made
+	touched  []*slot
+
+	coalescer packet.Coalescer
+	held      int
+	limiter   *icmp.Limiter
+
+	polls, busyPolls, parks, received uint64
+	answers                           Answers
+	icmpErrors                        [icmp.NumErrors]uint64
+	icmpRefused, generated            uint64
+}
+
+// source is a queue packets are received from, and its slot.
+type source struct {
+	slot  *slot
+	queue port.Queue
+}
+
+// slot is a worker's end of the port in one slot of the snapshot.
+type slot struct {
+	index  int
+	info   *PortInfo
+	kind   PortKind // with name: whose counters these are, also while the device is away
+	name   string
+	port   port.Port
+	queues []int // of the port, that this worker owns
+
+	tx     port.Queue // nil: no device, or none of its queues is ours
+	caps   port.Caps
+	accept packet.Accept // trains the port takes
+	queue  []port.Frame
+	kick   bool
+
+	in, sent          Traffic
+	dropsIn, dropsOut [drop.NumReasons]uint64
+}
+
+// takes reports whether the port takes GSO frames of this type.
+func (s *slot) takes(gso uint8) bool {
+	switch gso &^ port.GSOECN {
+	case port.GSOTCP4:
+		return s.caps.TSO4
+	case port.GSOTCP6:
+		return s.caps.TSO6
+	default:
+		return s.caps.USO
+	}
+}
+
+// account counts packets the device took.
+func (s *slot) account(frames []port.Frame) {
+	for len(frames) > 0 {
+		bytes, n := int(frames[0].Len), 1
+		if frames[0].Flags&port.More != 0 {
+			bytes, n = port.PacketLen(frames)
+		}
+		s.sent.Frames++
+		s.sent.Bytes += uint64(bytes)
+		s.sent.Packets += uint64(segmentsOf(&frames[0], bytes))
+		frames = frames[n:]
+	}
+}
+
+// Poll takes one turn: adopt what was published, receive from every queue that has something, forward, flush. It returns how many frames were received.
+// It is what Run loops over and what tests drive; one goroutine at a time.
+func (w *Worker) Poll() int {
+	w.now = w.clock.now()
+	if s := w.published.Load(); s != w.snap {
+		w.adopt(s)
+	}
+	total := 0
+	for i := range w.polled {
+		total += w.receive(&w.polled[i])
+	}
+	for _, i := range w.wait.ready(0) {
+		total += w.receive(&w.wait.sources[i])
+	}
+	for _, f := range w.kicks {
+		f.Flush()
+	}
+	w.polls++
+	if total > 0 {
+		w.busyPolls++
+	}
+	w.finish()
+	return total
+}
+
+// receive takes one batch from a queue through the journey.
+func (w *Worker) receive(from *source) int {
+	n := from.queue.Receive(w.frames[:])
+	for done := 0; done < n; {
+		// Whole packets, at most a batch of them.
+		end := n
+		if n-done > batch {
+			end = done + batch
+			for w.frames[end-1].Flags&port.More != 0 {
+				end++
+			}
+		}
+		w.batch = w.frames[done:end]
+		w.forward(from.slot, w.batch)
+		done = end
+	}
+	return n
+}
+
+// finish tells the rest of the process, and the steering program, that a poll is over.
+func (w *Worker) finish() {
+	if w.heartbeat != nil {
+		atomic.StoreUint64(w.heartbeat, uint64(w.now))
+	}
+	if w.snap != nil && w.passed.Load() != w.snap.Generation {
+		w.passed.Store(w.snap.Generation)
+	}
+	if r := w.request.Load(); r != nil {
+		w.request.Store(nil)
+		r.stats = w.collect()
+		close(r.done)
+	}
+}
+
+// adopt makes s the snapshot the worker forwards by: queues of ports that left are let go, those of new ones taken up.
+func (w *Worker) adopt(s *Snapshot) {
+	w.snap = s
+	for len(w.slots) < len(s.Ports) {
+		w.slots = append(w.slots, &slot{index: len(w.slots)})
+	}
+	for i, sl := range w.slots {
+		var info PortInfo
+		if i < len(s.Ports) {
+			sl.info = &s.Ports[i]
+			info = s.Ports[i]
+		} else {
+			sl.info = &PortInfo{}
+		}
+		if sl.port != info.Port {
+			w.attach(sl, info.Port)
+		}
+		if info.Kind != sl.kind || info.Name != sl.name {
+			index, kept := sl.index, *sl
+			*sl = slot{index: index, info: kept.info, kind: info.Kind, name: info.Name, port: kept.port, queues: kept.queues,
+				tx: kept.tx, caps: kept.caps, accept: kept.accept, queue: kept.queue}
+		}
+	}
+}
+
+// attach lets a slot's device go and takes another up; nil: none.
+func (w *Worker) attach(sl *slot, p port.Port) {
+	w.detach(sl)
+	if p == nil {
+		return
+	}
+	sl.port, sl.caps = p, p.Caps()
+	if sl.caps.TSO4 {
+		sl.accept |= packet.AcceptTCP4
+	}
+	if sl.caps.TSO6 {
+		sl.accept |= packet.AcceptTCP6
+	}
+	if sl.caps.USO {
+		sl.accept |= packet.AcceptUDP
+	}
+	for q := w.index; q < p.NumQueues(); q += w.of {
+		queue := p.Queue(q)
+		sl.queues = append(sl.queues, q)
+		if sl.tx == nil {
+			sl.tx = queue
+			sl.queue = make([]port.Frame, 0, queueFrames)
+		}
+		if f, ok := queue.(port.Flusher); ok {
+			w.kicks = append(w.kicks, f)
+		}
+		src := source{slot: sl, queue: queue}
+		if sl.caps.Polled {
+			w.polled = append(w.polled, src)
+		}
+		if err := w.wait.add(src, sl.caps.Polled); err != nil {
+			w.log.Error("cannot wait for a port's frames", "port", p.Name(), "queue", q, "error", err)
+		}
+	}
+}
+
+// detach forgets a slot's device. Nothing is queued for it: queues are empty between batches.
+func (w *Worker) detach(sl *slot) {
+	if sl.port == nil {
+		return
+	}
+	polled := w.polled[:0]
+	for _, src := range w.polled {
+		if src.slot != sl {
+			polled = append(polled, src)
+		}
+	}
+	w.polled = polled
+	w.wait.remove(sl)
+	for _, q := range sl.queues {
+		if f, ok := sl.port.Queue(q).(port.Flusher); ok {
+			for i := range w.kicks {
+				if w.kicks[i] == f {
+					w.kicks = append(w.kicks[:i], w.kicks[i+1:]...)
+					break
+				}
+			}
+		}
+	}
+	sl.port, sl.tx, sl.caps, sl.accept, sl.queues, sl.queue = nil, nil, port.Caps{}, 0, nil, nil
+}
+
+// clock gives CLOCK_MONOTONIC nanoseconds without a system call: the runtime reads the clock in the vDSO.
+type clock struct {
+	start time.Time
+	base  int64 // CLOCK_MONOTONIC at start
+}
+
+func (c *clock) now() int64 { return c.base + int64(time.Since(c.start)) }
