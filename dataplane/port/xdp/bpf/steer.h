@@ -1,0 +1,222 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Steering: which frames that arrive on the uplink are the data plane's, decided on the bytes alone. The functions take (data, data_end)
+ * so that every hook which has them can share the decision; what a hook then does with a frame that is ours is the hook's own file.
+ *
+ *	frame -> addressed to our NIC? -> IPv4 or IPv6, untagged? -> an address in a pod CIDR? -> sent by a member? -> ours
+ *	              no: pass               no: pass                    no: pass                    no: drop
+ *
+ * Two clusters may use the same pod CIDR on one Ethernet segment: frames for the other cluster's nodes reach this NIC by flooding (or
+ * because it is promiscuous). They are somebody else's and are never touched: hence the first question.
+ */
+#ifndef OVERPLANE_STEER_H
+#define OVERPLANE_STEER_H
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define STEER_MAX_PREFIXES 8	  /* pod CIDRs per family */
+#define STEER_MAX_MEMBERS 16384	  /* Ethernet addresses of the cluster's nodes */
+#define STEER_MAX_QUEUES 256	  /* uplink receive queues */
+#define STEER_MAX_WORKERS 64
+#define STEER_HEARTBEAT_STRIDE 8  /* u64s between two workers' heartbeats: a cache line each */
+
+#define STEER_FLAG_ROUTED 1	  /* the gateway is the only Ethernet neighbour that may send us pods' packets */
+
+/* Index of the per-CPU counters. The Go side has the same list (counterNames); a test compares the two. */
+enum steer_counter {
+	STEER_REDIRECTED,	   /* ours, given to a socket */
+	STEER_PASSED,		   /* for this host: not ours */
+	STEER_PASSED_OTHER_MAC,	   /* addressed to another interface, or to a group */
+	STEER_DROPPED_NOT_MEMBER,  /* pod addresses, from an Ethernet address that may not use them */
+	STEER_DROPPED_NO_SOCKET,   /* ours, but no socket is bound to the queue */
+	STEER_DROPPED_STALE,	   /* ours, but the queue's worker stopped beating */
+	STEER_COUNTERS,
+};
+
+struct steer_prefix4 {
+	__u32 addr; /* network byte order, as loaded from a header */
+	__u32 mask;
+};
+
+struct steer_prefix6 {
+	__u64 addr[2]; /* network byte order, as loaded from a header */
+	__u64 mask[2];
+};
+
+struct steer_config {
+	__u64 heartbeat_limit_ns; /* 0: never stale */
+	__u32 workers;		  /* queue q belongs to worker q % workers */
+	__u32 flags;
+	__u8 uplink_mac[8];	  /* 6 bytes and 2 of zero; all zero: nothing is ours */
+	__u8 gateway_mac[8];
+	__u32 prefixes4;	  /* used entries of prefix4 */
+	__u32 prefixes6;
+	struct steer_prefix4 prefix4[STEER_MAX_PREFIXES];
+	struct steer_prefix6 prefix6[STEER_MAX_PREFIXES];
+};
+
+struct steer_mac {
+	__u8 addr[8]; /* 6 bytes and 2 of zero */
+};
+
+/*
+ * The configuration is replaced as a whole: the writer fills the entry that is not active, then flips active. An update of an array
+ * element is a plain memcpy in the kernel, so writing the active one would show torn prefixes to a running program.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct steer_config);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} active SEC(".maps");
+
+/* Room for two full sets: one is added before the other is removed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2 * STEER_MAX_MEMBERS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct steer_mac);
+	__type(value, __u32);
+} members SEC(".maps");
+
+/* CLOCK_MONOTONIC nanoseconds of each worker's last beat, written through a shared mapping. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, STEER_MAX_WORKERS * STEER_HEARTBEAT_STRIDE);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, __u64);
+} heartbeats SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, STEER_COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+static __always_inline void steer_count(__u32 counter)
+{
+	__u64 *n = bpf_map_lookup_elem(&counters, &counter);
+
+	if (n)
+		*n += 1;
+}
+
+static __always_inline struct steer_config *steer_get_config(void)
+{
+	__u32 zero = 0, *slot;
+
+	slot = bpf_map_lookup_elem(&active, &zero);
+	if (!slot)
+		return NULL;
+	return bpf_map_lookup_elem(&config, slot);
+}
+
+static __always_inline int steer_mac_equal(const void *frame_mac, const __u8 *mac)
+{
+	return *(__u32 *)frame_mac == *(__u32 *)mac && *(__u16 *)(frame_mac + 4) == *(__u16 *)(mac + 4);
+}
+
+static __always_inline int steer_in_prefixes4(const struct steer_config *cfg, __u32 addr)
+{
+#pragma unroll
+	for (int i = 0; i < STEER_MAX_PREFIXES; i++) {
+		if (i >= cfg->prefixes4)
+			return 0;
+		if ((addr & cfg->prefix4[i].mask) == cfg->prefix4[i].addr)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline int steer_in_prefixes6(const struct steer_config *cfg, __u64 hi, __u64 lo)
+{
+#pragma unroll
+	for (int i = 0; i < STEER_MAX_PREFIXES; i++) {
+		if (i >= cfg->prefixes6)
+			return 0;
+		if ((hi & cfg->prefix6[i].mask[0]) == cfg->prefix6[i].addr[0] &&
+		    (lo & cfg->prefix6[i].mask[1]) == cfg->prefix6[i].addr[1])
+			return 1;
+	}
+	return 0;
+}
+
+/*
+ * steer_decide returns STEER_REDIRECTED for a frame that is ours, or the counter that says what else becomes of it. A frame too short to
+ * tell passes: the host's stack refuses it. Tagged frames belong to VLAN devices of the host and pass.
+ */
+static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *data, void *data_end)
+{
+	int src_is_pod, dst_is_pod;
+	struct steer_mac mac = {};
+	__u16 proto;
+
+	if (data + ETH_HLEN > data_end)
+		return STEER_PASSED;
+	if ((*(__u8 *)data & 1) || !steer_mac_equal(data, cfg->uplink_mac))
+		return STEER_PASSED_OTHER_MAC;
+
+	proto = *(__u16 *)(data + 12);
+	if (proto == bpf_htons(ETH_P_IP)) {
+		void *ip = data + ETH_HLEN;
+
+		if (ip + 20 > data_end)
+			return STEER_PASSED;
+		src_is_pod = steer_in_prefixes4(cfg, *(__u32 *)(ip + 12));
+		dst_is_pod = steer_in_prefixes4(cfg, *(__u32 *)(ip + 16));
+	} else if (proto == bpf_htons(ETH_P_IPV6)) {
+		void *ip = data + ETH_HLEN;
+
+		if (ip + 40 > data_end)
+			return STEER_PASSED;
+		src_is_pod = steer_in_prefixes6(cfg, *(__u64 *)(ip + 8), *(__u64 *)(ip + 16));
+		dst_is_pod = steer_in_prefixes6(cfg, *(__u64 *)(ip + 24), *(__u64 *)(ip + 32));
+	} else {
+		return STEER_PASSED;
+	}
+	if (!src_is_pod && !dst_is_pod)
+		return STEER_PASSED;
+
+	if (cfg->flags & STEER_FLAG_ROUTED) {
+		if (!src_is_pod || !steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))
+			return STEER_DROPPED_NOT_MEMBER;
+		return STEER_REDIRECTED;
+	}
+	*(__u32 *)mac.addr = *(__u32 *)(data + ETH_ALEN);
+	*(__u16 *)(mac.addr + 4) = *(__u16 *)(data + ETH_ALEN + 4);
+	if (!bpf_map_lookup_elem(&members, &mac))
+		return STEER_DROPPED_NOT_MEMBER;
+	return STEER_REDIRECTED;
+}
+
+/*
+ * steer_stale reports whether the worker that owns queue stopped. The coarse clock is a few nanoseconds to read and a few milliseconds
+ * behind, and a beat may be newer than the clock that was read before it: hence the signed comparison.
+ */
+static __always_inline int steer_stale(const struct steer_config *cfg, __u32 queue)
+{
+	__u32 workers = cfg->workers, slot;
+	__u64 *beat;
+
+	if (!cfg->heartbeat_limit_ns || !workers)
+		return 0;
+	slot = queue % workers * STEER_HEARTBEAT_STRIDE;
+	beat = bpf_map_lookup_elem(&heartbeats, &slot);
+	if (!beat)
+		return 1;
+	return (__s64)(bpf_ktime_get_coarse_ns() - *(volatile __u64 *)beat) > (__s64)cfg->heartbeat_limit_ns;
+}
+
+#endif

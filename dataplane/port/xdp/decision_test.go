@@ -1,0 +1,235 @@
+package xdp
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/stretchr/testify/require"
+
+	"github.com/overplane/overplane/dataplane/port/xdp/bpf"
+)
+
+// model decides what becomes of a frame, the slow and obvious way. It returns the counter's name.
+type model struct {
+	cidrs   []netip.Prefix
+	members map[[6]byte]bool
+	uplink  [6]byte
+	gateway [6]byte
+	routed  bool
+}
+
+func (m *model) decide(frame []byte) string {
+	if [6]byte(frame) != m.uplink {
+		return "passed_other_mac"
+	}
+	var src, dst netip.Addr
+	switch etherType := binary.BigEndian.Uint16(frame[12:]); {
+	case etherType == 0x0800 && len(frame) >= 34:
+		src, dst = netip.AddrFrom4([4]byte(frame[26:])), netip.AddrFrom4([4]byte(frame[30:]))
+	case etherType == 0x86dd && len(frame) >= 54:
+		src, dst = netip.AddrFrom16([16]byte(frame[22:])), netip.AddrFrom16([16]byte(frame[38:]))
+	default:
+		return "passed"
+	}
+	srcIsPod, dstIsPod := false, false
+	for _, c := range m.cidrs {
+		srcIsPod = srcIsPod || c.Contains(src)
+		dstIsPod = dstIsPod || c.Contains(dst)
+	}
+	switch from := [6]byte(frame[6:]); {
+	case !srcIsPod && !dstIsPod:
+		return "passed"
+	case m.routed && (from != m.gateway || !srcIsPod), !m.routed && !m.members[from]:
+		return "dropped_not_member"
+	}
+	return "redirected"
+}
+
+var xdpAction = map[string]uint32{
+	"redirected": 4, "passed": 2, "passed_other_mac": 2,
+	"dropped_not_member": 1, "dropped_no_socket": 1, "dropped_stale": 1,
+}
+
+// TestDecisionAgainstModel runs the program in the kernel on random frames.
+func TestDecisionAgainstModel(t *testing.T) {
+	v := newVeth(t, 1, 1500)
+	s := openSteered(t, v, steeredConfig{})
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+
+	for round := range 40 {
+		if round == 20 { // the variant for kernels and drivers without multi-buffer
+			in(t, v.near, func() { require.NoError(t, s.steering.attachVariant(v.nearIndex, false, false)) })
+		}
+		m := randomModel(rng, v.nearMAC)
+		require.NoError(t, s.steering.SetPodCIDRs(m.cidrs))
+		var members [][6]byte
+		for mac := range m.members {
+			members = append(members, mac)
+		}
+		require.NoError(t, s.steering.SetMembers(members))
+		require.NoError(t, s.steering.SetGatewayMAC(m.gateway))
+		require.NoError(t, s.steering.change(func(c *bpf.SteerSteerConfig) error {
+			if c.Flags = 0; m.routed {
+				c.Flags = flagRouted
+			}
+			return nil
+		}))
+		before := s.counters(t)
+		want := map[string]uint64{}
+		for range 500 {
+			frame := m.randomFrame(rng)
+			verdict := m.decide(frame)
+			want[verdict]++
+			action, err := s.steering.prog.Run(&ebpf.RunOptions{Data: frame})
+			require.NoError(t, err)
+			require.Equal(t, xdpAction[verdict], action, "round %d, want %s: %+v\nframe %x", round, verdict, m, frame)
+		}
+		for name, n := range s.counters(t) {
+			require.Equal(t, want[name], n-before[name], "counter %s", name)
+		}
+	}
+}
+
+func randomMAC(rng *rand.Rand) (mac [6]byte) {
+	binary.BigEndian.PutUint32(mac[:], rng.Uint32()&^0x01000000)
+	mac[5] = byte(rng.Uint32())
+	return mac
+}
+
+func randomModel(rng *rand.Rand, uplink [6]byte) *model {
+	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0}
+	for range rng.IntN(5) {
+		m.members[randomMAC(rng)] = true
+	}
+	for range rng.IntN(MaxPodCIDRs + 1) {
+		var b [4]byte
+		binary.BigEndian.PutUint32(b[:], rng.Uint32())
+		m.cidrs = append(m.cidrs, netip.PrefixFrom(netip.AddrFrom4(b), rng.IntN(33)))
+	}
+	for range rng.IntN(MaxPodCIDRs + 1) {
+		var b [16]byte
+		binary.BigEndian.PutUint64(b[:], rng.Uint64())
+		binary.BigEndian.PutUint64(b[8:], rng.Uint64())
+		m.cidrs = append(m.cidrs, netip.PrefixFrom(netip.AddrFrom16(b), rng.IntN(129)))
+	}
+	if len(m.cidrs) > 0 && rng.IntN(4) > 0 { // /0 and the like make all frames alike
+		kept := m.cidrs[:0]
+		for _, c := range m.cidrs {
+			if c.Bits() >= 8 {
+				kept = append(kept, c)
+			}
+		}
+		m.cidrs = kept
+	}
+	return m
+}
+
+// randomFrame is often close to the model's borders.
+func (m *model) randomFrame(rng *rand.Rand) []byte {
+	b := make([]byte, 14+rng.IntN(80))
+	for i := range b {
+		b[i] = byte(rng.Uint32())
+	}
+	if rng.IntN(8) > 0 {
+		copy(b, m.uplink[:])
+		if rng.IntN(16) == 0 {
+			b[rng.IntN(6)] ^= 1 << rng.IntN(8)
+		}
+	}
+	switch rng.IntN(4) {
+	case 0:
+	case 1:
+		copy(b[6:], m.gateway[:])
+	default:
+		for mac := range m.members {
+			copy(b[6:], mac[:])
+			break
+		}
+	}
+	if rng.IntN(32) == 0 {
+		b[6+rng.IntN(6)] ^= 1 << rng.IntN(8)
+	}
+	etherTypes := []uint16{0x0800, 0x0800, 0x0800, 0x86dd, 0x86dd, 0x86dd, 0x0806, 0x8100}
+	binary.BigEndian.PutUint16(b[12:], etherTypes[rng.IntN(len(etherTypes))])
+	for _, at := range []struct{ v4, v6 int }{{26, 22}, {30, 38}} {
+		if len(m.cidrs) == 0 || rng.IntN(3) == 0 {
+			continue
+		}
+		c := m.cidrs[rng.IntN(len(m.cidrs))]
+		a := c.Addr().AsSlice()
+		for bit := c.Bits(); bit < len(a)*8; bit++ { // any host part
+			a[bit/8] ^= byte(rng.IntN(2)) << (7 - bit%8)
+		}
+		if c.Bits() > 0 && rng.IntN(4) == 0 { // just outside
+			bit := c.Bits() - 1
+			a[bit/8] ^= 1 << (7 - bit%8)
+		}
+		off := at.v6
+		if c.Addr().Is4() {
+			off = at.v4
+		}
+		if off < len(b) {
+			copy(b[off:], a)
+		}
+	}
+	return b
+}
+
+// TestCounterNames compares the names with the enumeration in C.
+func TestCounterNames(t *testing.T) {
+	src, err := os.ReadFile("bpf/steer.h")
+	require.NoError(t, err)
+	body := regexp.MustCompile(`(?s)enum steer_counter \{(.*?)\n\}`).FindSubmatch(src)
+	require.NotNil(t, body)
+	var names []string
+	for _, m := range regexp.MustCompile(`(?m)^\tSTEER_(\w+),`).FindAllSubmatch(body[1], -1) {
+		names = append(names, strings.ToLower(string(m[1])))
+	}
+	require.Equal(t, append(counterNames[:], "counters"), names)
+	spec, err := bpf.LoadSteer()
+	require.NoError(t, err)
+	require.Equal(t, uint32(len(counterNames)), spec.Maps[bpf.SteerMapCounters].MaxEntries)
+	require.Equal(t, uint32(2*MaxMembers), spec.Maps[bpf.SteerMapMembers].MaxEntries)
+	require.Equal(t, uint32(MaxQueues), spec.Maps[bpf.SteerMapXsks].MaxEntries)
+	require.Equal(t, uint32(MaxWorkers*heartbeatStride), spec.Maps[bpf.SteerMapHeartbeats].MaxEntries)
+}
+
+func TestSetPrefixes(t *testing.T) {
+	p := netip.MustParsePrefix
+	many := func(n int) (out []netip.Prefix) {
+		for range n {
+			out = append(out, p("10.0.0.0/8"))
+		}
+		return out
+	}
+	for _, c := range []struct {
+		name  string
+		cidrs []netip.Prefix
+		err   string
+	}{
+		{"none", nil, ""},
+		{"eight of both", append(many(8), p("fd00::/8"), p("fd00::/8")), ""},
+		{"nine", many(9), "at most 8 of a family"},
+		{"mapped", []netip.Prefix{p("::ffff:10.0.0.0/104")}, "want an IPv4 or IPv6 prefix"},
+		{"invalid", []netip.Prefix{{}}, "want an IPv4 or IPv6 prefix"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var cfg bpf.SteerSteerConfig
+			err := setPrefixes(&cfg, c.cidrs)
+			if c.err != "" {
+				require.ErrorContains(t, err, c.err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, len(c.cidrs), int(cfg.Prefixes4+cfg.Prefixes6))
+		})
+	}
+}
