@@ -1,0 +1,76 @@
+# Overplane's targets. `make help` lists them.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# Settings, for the environment or the command line.
+FUZZTIME  ?= 10s
+BENCHTIME ?= 1s
+BENCH     ?= .
+# Compiled BPF objects are committed and compared byte for byte, so that the compiler's version is part of the source.
+CLANG     ?= clang-14
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+export OVERPLANE_BIN := $(CURDIR)/bin
+
+# buf has a module of its own: .ci/buf.mod.
+BUF := go tool -modfile=.ci/buf.mod buf
+
+PROGRAMS := $(notdir $(wildcard cmd/*))
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+.PHONY: build
+build: ## build the programs into bin/
+	@mkdir -p bin
+	@for p in $(PROGRAMS); do \
+		echo "go build -o bin/$$p ./cmd/$$p"; \
+		go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/$$p ./cmd/$$p || exit 1; \
+	done
+
+.PHONY: demo
+demo: build ## a cluster of three nodes on this machine: up, prove, down (needs root; asks sudo)
+	@if [ "$$(id -u)" = 0 ]; then exec bin/overplane lab run; \
+	elif command -v sudo >/dev/null; then \
+		echo "The lab makes network namespaces and needs root: sudo bin/overplane lab run"; exec sudo bin/overplane lab run; \
+	else echo "make demo: the lab makes network namespaces and needs root, and there is no sudo. Run it as root." >&2; exit 1; fi
+
+.PHONY: test
+test: build ## all tests, with and without the race detector, and end to end (needs root; asks sudo; without, what needs none)
+	@.ci/test
+
+.PHONY: bench
+bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
+	@go test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime '$(BENCHTIME)' -timeout 60m \
+		$$(grep -rlE '^func Benchmark' --include='*_test.go' cmd control dataplane test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME=10s
+	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane test | sort | while IFS=: read -r file func; do \
+		echo "== $${func#func } in $$(dirname $$file)"; \
+		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' ./$$(dirname $$file) </dev/null; \
+	done
+
+.PHONY: generate
+generate: check-clang ## all generated files: BPF objects, protobuf, names, reference pages
+	BPF2GO_CC='$(CLANG)' BPF2GO_STRIP='$(subst clang,llvm-strip,$(CLANG))' go generate ./...
+	$(BUF) generate
+
+.PHONY: check-clang
+check-clang:
+	@v=$$($(CLANG) -dumpversion 2>/dev/null) || { \
+		echo "make generate: $(CLANG) is not there (Debian, Ubuntu: apt-get install clang-14 llvm-14 libbpf-dev)." >&2; exit 1; }; \
+	case $$v in 14.*) ;; *) \
+		echo "make generate: $(CLANG) is version $$v. The committed BPF objects are made by clang 14; another writes other bytes." >&2; exit 1;; esac
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck, protocol rules and compatibility, freshness of generated files
+	@.ci/lint
+
+.PHONY: clean
+clean: ## remove what the targets made, but not Go's caches
+	rm -rf bin coverage.out
+	find . -name '*.test' -not -path './.git/*' -type f -delete
+	find . -name '*.prof' -not -path './.git/*' -type f -delete
