@@ -1,0 +1,360 @@
+package agent
+
+import (
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/overplane/overplane/dataplane"
+	"github.com/overplane/overplane/dataplane/fib"
+	"github.com/overplane/overplane/dataplane/packet"
+	"github.com/overplane/overplane/dataplane/port"
+)
+
+// Input is all that a snapshot is a function of.
+type Input struct {
+	Node   string // this node's name
+	Routed bool   // every frame for another node goes to the gateway
+	Facts  Facts
+
+	// Node4 and Node6 are configured primary addresses; invalid: the uplink's first of that family.
+	Node4, Node6 netip.Addr
+
+	state *desired // nil: none yet
+
+	Uplink    port.Port // nil: no device now
+	UplinkMTU int       // bytes of the largest IP packet the uplink sends: its MTU, or less if the rung cannot carry as much
+	Host      port.Port
+	HostName  string
+	PodMTU    int // bytes of the largest IP packet of pods and host port
+	Pods      []PodPort
+}
+
+// PodPort is one attached pod in its slot.
+type PodPort struct {
+	Slot         int
+	Name         string
+	MAC          packet.MAC
+	Addr4, Addr6 netip.Addr
+	Port         port.Port // nil: known, but without a device
+}
+
+// Built is what Build made.
+type Built struct {
+	Snapshot *dataplane.Snapshot
+	Routes   int // entries in the table
+	Problems []string
+}
+
+// Build makes a snapshot. It is a pure function and always makes one: an entry that cannot be programmed becomes a problem, a
+// sentence for people, and the rest stands.
+//
+// The entries, in order (the first of two that collide wins): the pools; the node's own addresses, to the host; the pods; the desired
+// routes; other members' addresses; the default routes.
+func Build(in Input) Built {
+	b := builder{in: in, fib: fib.NewBuilder()}
+	snap := &dataplane.Snapshot{
+		GatewayMAC: GatewayMAC, Gateway4: packet.AddrFrom(Gateway4), Gateway6: packet.AddrFrom(Gateway6),
+	}
+	node4, node6 := primaryAddresses(in.Facts, in.Node4, in.Node6)
+	snap.Node4, snap.Node6 = packet.AddrFrom(node4), packet.AddrFrom(node6)
+	if in.state != nil {
+		snap.NoSNAT = in.state.noSNAT
+		for _, p := range in.state.pools {
+			if err := b.fib.AddPool(p.cidr, p.bits); err != nil {
+				b.problem("pool %s cannot be programmed: %v", p.cidr, err)
+			}
+		}
+	}
+	snap.Ports = b.ports()
+	b.own()
+	b.pods()
+	if in.state != nil {
+		b.desired()
+	}
+	b.outside()
+
+	table := b.fib.Build()
+	snap.FIB = table
+	b.summarise()
+	return Built{Snapshot: snap, Routes: table.Len(), Problems: b.problems}
+}
+
+type builder struct {
+	in       Input
+	fib      *fib.Builder
+	problems []string
+	offLink  []string // members that are not on the uplink's link
+	noMAC    []string // members without an Ethernet address
+	failed   int      // entries that the table refused, beyond those spelled out
+}
+
+// maxSpelled is how many problems of one kind are spelled out.
+const maxSpelled = 4
+
+func (b *builder) problem(format string, args ...any) {
+	b.problems = append(b.problems, fmt.Sprintf(format, args...))
+}
+
+func (b *builder) ports() []dataplane.PortInfo {
+	in := &b.in
+	n := dataplane.FirstPodSlot
+	for i := range in.Pods {
+		n = max(n, in.Pods[i].Slot+1)
+	}
+	ports := make([]dataplane.PortInfo, n)
+	ports[dataplane.UplinkSlot] = dataplane.PortInfo{Kind: dataplane.PortUplink, Port: in.Uplink, Name: in.Facts.Name, MAC: in.Facts.MAC}
+	ports[dataplane.HostSlot] = dataplane.PortInfo{Kind: dataplane.PortHost, Port: in.Host, Name: in.HostName, MAC: HostMAC}
+	for i := range in.Pods {
+		p := &in.Pods[i]
+		ports[p.Slot] = dataplane.PortInfo{
+			Kind: dataplane.PortPod, Port: p.Port, Name: p.Name, MAC: p.MAC,
+			Addr4: packet.AddrFrom(p.Addr4), Addr6: packet.AddrFrom(p.Addr6),
+		}
+	}
+	return ports
+}
+
+// adjacency registers a next hop.
+func (b *builder) adjacency(dst, src packet.MAC, slot, mtu int) uint32 {
+	i, err := b.fib.AddAdjacency(fib.Adjacency{Dst: dst, Src: src, Port: uint16(slot), MTU: uint16(min(max(mtu, 0), math.MaxUint16))})
+	if err != nil {
+		b.refused(err)
+	}
+	return i
+}
+
+func (b *builder) add(p netip.Prefix, kind fib.Kind, adjacency uint32) {
+	if err := b.fib.Add(p, fib.MakeEntry(kind, adjacency)); err != nil {
+		b.refused(err)
+	}
+}
+
+func (b *builder) refused(err error) {
+	if b.failed++; b.failed <= maxSpelled {
+		b.problem("a route cannot be programmed: %v", err)
+	}
+}
+
+func (b *builder) hostAdjacency() uint32 {
+	return b.adjacency(HostMAC, GatewayMAC, dataplane.HostSlot, b.in.PodMTU)
+}
+
+// own routes the node's own addresses to its kernel.
+func (b *builder) own() {
+	host := b.hostAdjacency()
+	for _, a := range ownAddresses(b.in.Facts, b.in.Node4, b.in.Node6) {
+		b.add(netip.PrefixFrom(a, a.BitLen()), fib.Host, host)
+	}
+}
+
+func (b *builder) pods() {
+	for i := range b.in.Pods {
+		p := &b.in.Pods[i]
+		adj := b.adjacency(p.MAC, GatewayMAC, p.Slot, b.in.PodMTU)
+		for _, a := range []netip.Addr{p.Addr4, p.Addr6} {
+			if a.IsValid() {
+				b.add(netip.PrefixFrom(a, a.BitLen()), fib.Pod, adj)
+			}
+		}
+	}
+}
+
+// hop is how one member is reached, by family.
+type hop struct {
+	via4, via6 uint32
+	ok4, ok6   bool
+}
+
+// desired programs routes and members.
+func (b *builder) desired() {
+	d := b.in.state
+	hops := make([]hop, len(d.members))
+	gateways := b.gatewayHops()
+	own := -1
+	for i := range d.members {
+		if d.members[i].name == b.in.Node {
+			own = i
+			continue
+		}
+		if b.in.Routed {
+			hops[i] = gateways
+			continue
+		}
+		hops[i] = b.directHop(&d.members[i])
+	}
+	host := b.hostAdjacency()
+	for i := range d.routes {
+		r := &d.routes[i]
+		switch {
+		case r.target == toHost:
+			b.add(r.prefix, fib.Host, host)
+		case r.target == toNowhere:
+			b.add(r.prefix, fib.Unreachable, 0)
+		case r.member == own:
+			// The node's own blocks answer by themselves: pods, else unreachable.
+		default:
+			h := &hops[r.member]
+			via, ok := h.via6, h.ok6
+			if r.prefix.Addr().Is4() {
+				via, ok = h.via4, h.ok4
+			}
+			if ok {
+				b.add(r.prefix, fib.Node, via)
+			} else {
+				b.add(r.prefix, fib.Unreachable, 0)
+			}
+		}
+	}
+	for i := range d.members {
+		if i == own {
+			continue
+		}
+		m, h := &d.members[i], &hops[i]
+		if m.addr4.IsValid() && h.ok4 {
+			b.add(netip.PrefixFrom(m.addr4, 32), fib.Member, h.via4)
+		}
+		if m.addr6.IsValid() && h.ok6 {
+			b.add(netip.PrefixFrom(m.addr6, 128), fib.Member, h.via6)
+		}
+	}
+}
+
+// directHop is the member's own Ethernet address, which serves both families: one link carries both.
+func (b *builder) directHop(m *member) hop {
+	if !onLink(b.in.Facts, m.addr4) && !onLink(b.in.Facts, m.addr6) {
+		b.offLink = append(b.offLink, m.name)
+		return hop{}
+	}
+	if m.mac == (packet.MAC{}) {
+		b.noMAC = append(b.noMAC, m.name)
+		return hop{}
+	}
+	adj := b.adjacency(m.mac, b.in.Facts.MAC, dataplane.UplinkSlot, b.in.UplinkMTU)
+	return hop{via4: adj, via6: adj, ok4: true, ok6: true}
+}
+
+// gatewayHops reaches everything by the gateways. A family without a gateway takes the other's: on a routed underlay it is
+// one fabric, and packets are told apart by their own headers. A gateway whose Ethernet address is unknown keeps its place with the zero address;
+// packets for it are dropped as no_neighbour until it is resolved.
+func (b *builder) gatewayHops() hop {
+	f := &b.in.Facts
+	h := hop{ok4: f.Gateway4.IsValid(), ok6: f.Gateway6.IsValid()}
+	mac4, mac6 := f.GatewayMAC4, f.GatewayMAC6
+	if !h.ok4 {
+		mac4 = mac6
+	}
+	if !h.ok6 {
+		mac6 = mac4
+	}
+	if !h.ok4 && !h.ok6 {
+		return hop{}
+	}
+	return hop{
+		via4: b.adjacency(mac4, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU), ok4: true,
+		via6: b.adjacency(mac6, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU), ok6: true,
+	}
+}
+
+// outside is the way out of the cluster, for each family that has a gateway.
+func (b *builder) outside() {
+	f := &b.in.Facts
+	if f.Gateway4.IsValid() {
+		b.add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), fib.Outside, b.adjacency(f.GatewayMAC4, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU))
+	}
+	if f.Gateway6.IsValid() {
+		b.add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), fib.Outside, b.adjacency(f.GatewayMAC6, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU))
+	}
+	if b.in.Routed {
+		switch {
+		case !f.Gateway4.IsValid() && !f.Gateway6.IsValid():
+			b.problem("underlay is routed, but uplink %s has no default route: no other node can be reached", f.Name)
+		case f.Gateway4.IsValid() && f.GatewayMAC4 == (packet.MAC{}):
+			b.problem("gateway %s does not answer ARP on uplink %s", f.Gateway4, f.Name)
+		case f.Gateway6.IsValid() && f.GatewayMAC6 == (packet.MAC{}):
+			b.problem("gateway %s does not answer neighbour solicitations on uplink %s", f.Gateway6, f.Name)
+		}
+	}
+}
+
+func (b *builder) summarise() {
+	if n := len(b.offLink); n > 0 {
+		b.problem("members on another link than uplink %s (%s): %s; their pods are unreachable: needs %sUNDERLAY=routed, and a fabric that carries routes for the pod CIDRs",
+			b.in.Facts.Name, prefixList(b.in.Facts.Addresses), someOf(b.offLink), EnvPrefix)
+	}
+	if n := len(b.noMAC); n > 0 {
+		b.problem("members without an Ethernet address: %s; their pods are unreachable: an underlay of kind direct needs the mac of every member", someOf(b.noMAC))
+	}
+	if b.failed > maxSpelled {
+		b.problem("%d more routes cannot be programmed", b.failed-maxSpelled)
+	}
+}
+
+func someOf(names []string) string {
+	if len(names) <= maxSpelled {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:maxSpelled], ", "), len(names)-maxSpelled)
+}
+
+func prefixList(list []netip.Prefix) string {
+	if len(list) == 0 {
+		return "no addresses"
+	}
+	var out []string
+	for _, p := range list {
+		out = append(out, p.String())
+	}
+	return strings.Join(out, ", ")
+}
+
+// onLink reports whether the address is in one of the uplink's subnets.
+func onLink(f Facts, a netip.Addr) bool {
+	if !a.IsValid() {
+		return false
+	}
+	for _, p := range f.Addresses {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// primaryAddresses are the addresses the node is known by: the configured ones, else the uplink's primary or first of each family.
+func primaryAddresses(f Facts, node4, node6 netip.Addr) (a4, a6 netip.Addr) {
+	a4, a6 = f.Primary4, f.Primary6
+	for _, p := range f.Addresses {
+		switch a := p.Addr(); {
+		case a.Is4() && !a4.IsValid():
+			a4 = a
+		case a.Is6() && !a6.IsValid():
+			a6 = a
+		}
+	}
+	if node4.IsValid() {
+		a4 = node4
+	}
+	if node6.IsValid() {
+		a6 = node6
+	}
+	return a4, a6
+}
+
+// ownAddresses are all of the node's addresses that pods may reach it by, without repetition.
+func ownAddresses(f Facts, node4, node6 netip.Addr) []netip.Addr {
+	var out []netip.Addr
+	add := func(a netip.Addr) {
+		if a.IsValid() && !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	for _, p := range f.Addresses {
+		add(p.Addr())
+	}
+	add(node4)
+	add(node6)
+	return out
+}

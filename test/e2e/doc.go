@@ -1,0 +1,8 @@
+// Package e2e has the end-to-end suites: real daemons in a lab on this machine, real devices, real sockets as pods. Everything is
+// in its tests; they need root and skip, with the reason, without it. Each makes its own lab under a name that starts with "ovpt".
+//
+//	go test ./test/e2e            all, with 1 GiB transfers
+//	go test -short ./test/e2e     64 MiB transfers
+//
+// The programs under test are built on the way, or taken from the folder that OVERPLANE_BIN names.
+package e2e

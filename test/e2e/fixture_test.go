@@ -1,0 +1,238 @@
+package e2e
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
+	"github.com/overplane/overplane/test/lab"
+)
+
+// binaries is the folder with the programs under test.
+var binaries string
+
+var families = []int{4, 6}
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	flag.Parse()
+	if lab.CheckRoot() != nil {
+		return m.Run() // every test skips
+	}
+	if os.Getenv("OVERPLANE_BIN") != "" {
+		dir, err := lab.FindBinaries()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		binaries = dir
+		return m.Run()
+	}
+	dir, err := os.MkdirTemp("", "overplane-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-o", dir+"/", "../../cmd/...")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "building the programs under test: %v\n%s", err, out)
+		return 1
+	}
+	binaries = dir
+	return m.Run()
+}
+
+// newLab makes a lab and takes it down at the end of the test; nothing may be left of it then. When the test failed, the daemons' logs
+// are part of its output.
+func newLab(t *testing.T, o lab.Options) *lab.Lab {
+	t.Helper()
+	if err := lab.CheckRoot(); err != nil {
+		t.Skip(err)
+	}
+	if o.Name == "" {
+		o.Name = "ovpt"
+	}
+	require.True(t, strings.HasPrefix(o.Name, "ovpt"), "a lab of the tests must not be a user's")
+	o.Binaries = binaries
+	require.NoError(t, lab.Down(o.Name), "removing what an earlier run left")
+	t.Cleanup(func() {
+		require.NoError(t, lab.Down(o.Name))
+		left, err := lab.Leftovers(o.Name)
+		require.NoError(t, err)
+		require.Empty(t, left, "left behind")
+	})
+	l, err := lab.Up(testContext(t), o)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, n := range l.Nodes {
+				t.Logf("log of %s:\n%s", n.Name(), n.LogTail(15))
+			}
+		}
+	})
+	return l
+}
+
+// testContext ends shortly before the test's deadline, so that clean-ups still run.
+func testContext(t *testing.T) context.Context {
+	t.Helper()
+	deadline, ok := t.Deadline()
+	if !ok {
+		return context.Background()
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(-15*time.Second))
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// eachFamily runs a subtest for IPv4 and one for IPv6.
+func eachFamily(t *testing.T, check func(t *testing.T, family int)) {
+	t.Helper()
+	for _, family := range families {
+		t.Run(fmt.Sprintf("IPv%d", family), func(t *testing.T) { check(t, family) })
+	}
+}
+
+// tool is the path of a program from Debian. Without it the test skips, in CI it fails.
+func tool(t *testing.T, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if err != nil {
+			path, err = exec.LookPath(filepath.Join(dir, name))
+		}
+	}
+	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("%s is not installed", name)
+		}
+		t.Skipf("%s is not installed", name)
+	}
+	return path
+}
+
+// Exec runs a program in a namespace and returns what it wrote; it must succeed.
+func Exec(t *testing.T, netns string, argv ...string) string {
+	t.Helper()
+	out, err := tryExec(t, netns, argv...)
+	require.NoError(t, err, "%s: %s\n%s", netns, strings.Join(argv, " "), out)
+	return out
+}
+
+func tryExec(t *testing.T, netns string, argv ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(testContext(t), tool(t, argv[0]), argv[1:]...)
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := lab.InNetns(netns, cmd.Start); err != nil {
+		return "", err
+	}
+	err := cmd.Wait()
+	return out.String(), err
+}
+
+// requirePing checks that one end reaches another with ping.
+func requirePing(t *testing.T, from, to lab.End, family int) {
+	t.Helper()
+	_, err := lab.Ping(testContext(t), from.Netns, to.Addr(family))
+	require.NoError(t, err, "%s to %s, IPv%d", from.Name, to.Name, family)
+}
+
+// requireReachable checks ping, TCP and UDP from one end to another, both families.
+func requireReachable(t *testing.T, from, to lab.End) {
+	t.Helper()
+	for _, family := range families {
+		requirePing(t, from, to, family)
+		require.NoError(t, lab.EchoTCP(testContext(t), from, to, family), "TCP from %s to %s, IPv%d", from.Name, to.Name, family)
+		_, err := lab.EchoUDP(testContext(t), from, to, family, nil)
+		require.NoError(t, err, "UDP from %s to %s, IPv%d", from.Name, to.Name, family)
+	}
+}
+
+// requireUnreachable checks that a few echo requests get no echo reply.
+func requireUnreachable(t *testing.T, from lab.End, to netip.Addr) {
+	t.Helper()
+	p, err := lab.NewPinger(from.Netns, to)
+	require.NoError(t, err)
+	defer p.Close()
+	for range 2 {
+		_, _, err := p.Once(56, 300*time.Millisecond)
+		require.Error(t, err, "%s reaches %v", from.Name, to)
+	}
+}
+
+// requireProofs runs everything that `overplane lab run` shows.
+func requireProofs(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	for _, p := range lab.Proofs() {
+		t.Run(strings.ReplaceAll(p.Name, " ", "_"), func(t *testing.T) {
+			eachFamily(t, func(t *testing.T, family int) {
+				detail, err := p.Check(testContext(t), l, family)
+				require.NoError(t, err)
+				t.Log(detail)
+			})
+		})
+	}
+}
+
+// status asks a daemon for its status.
+func status(t *testing.T, n *lab.Node) *controlv1.GetStatusResponse {
+	t.Helper()
+	s, err := n.Status(testContext(t))
+	require.NoError(t, err)
+	return s
+}
+
+// dropsOf is how many packets died of a reason at a port.
+func dropsOf(t *testing.T, n *lab.Node, port, reason string) uint64 {
+	t.Helper()
+	count, err := n.DropsOf(testContext(t), port, reason)
+	require.NoError(t, err)
+	return count
+}
+
+// openFiles is how many descriptors a process has.
+func openFiles(t *testing.T, pid int) int {
+	t.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	require.NoError(t, err)
+	return len(entries)
+}
+
+// statusField reads a number from /proc/<pid>/status, in the file's unit.
+func statusField(t *testing.T, pid int, name string) int {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	require.NoError(t, err)
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, name+":"); ok {
+			var v int
+			_, err := fmt.Sscan(rest, &v)
+			require.NoError(t, err)
+			return v
+		}
+	}
+	t.Fatalf("no %s in /proc/%d/status", name, pid)
+	return 0
+}
+
+// workersPossible skips what needs more workers than cores are worth trying.
+func workersPossible(t *testing.T, workers int) {
+	t.Helper()
+	if workers > 2*runtime.NumCPU() {
+		t.Skipf("%d workers on %d cores", workers, runtime.NumCPU())
+	}
+}

@@ -1,0 +1,81 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/overplane/overplane/test/lab"
+)
+
+const (
+	chunkBytes = 2048 // of an ordinary frame, at the least
+	largeBytes = 64 << 10
+	tickHertz  = 100 // USER_HZ, which every architecture's /proc uses
+)
+
+// A full node: 250 pods, one worker.
+func TestResourcesOfAFullNode(t *testing.T) {
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
+	n1 := l.Nodes[0]
+	ctx := testContext(t)
+	pid := n1.Pid()
+	filesBefore, threadsBefore := openFiles(t, pid), statusField(t, pid, "Threads")
+	begin := time.Now()
+	for len(n1.Pods) < 250 {
+		_, err := n1.AddPod(ctx)
+		require.NoError(t, err)
+	}
+	t.Logf("249 pods attached in %.1f s", time.Since(begin).Seconds())
+	require.NoError(t, n1.WaitProgrammed(ctx))
+	requireReachable(t, n1.Pods[0].End(), n1.Pods[249].End())
+	requireReachable(t, n1.Pods[137].End(), n1.End())
+
+	t.Run("memory", func(t *testing.T) {
+		frameKiB := 0
+		for _, w := range status(t, n1).Workers {
+			frameKiB += (int(w.FramesTotal)*chunkBytes + int(w.LargeTotal)*largeBytes) >> 10
+		}
+		resident := statusField(t, pid, "VmRSS")
+		t.Logf("resident %d KiB (anonymous %d, files %d, shared %d), frame memory %d KiB", resident,
+			statusField(t, pid, "RssAnon"), statusField(t, pid, "RssFile"), statusField(t, pid, "RssShmem"), frameKiB)
+		require.NotZero(t, frameKiB)
+		require.Less(t, resident-frameKiB, 64<<10)
+	})
+	t.Run("idle", func(t *testing.T) {
+		time.Sleep(time.Second)
+		const span = 8 * time.Second
+		before := cpuTicks(t, pid)
+		time.Sleep(span)
+		used := cpuTicks(t, pid) - before
+		t.Logf("%d ticks of 10 ms in %v: %.2f %% of a core", used, span, float64(used)/tickHertz/span.Seconds()*100)
+		require.LessOrEqual(t, float64(used)/tickHertz, span.Seconds()/100+1.0/tickHertz, "an idle daemon uses 1 %% of a core at most (and the clock's granule)")
+	})
+	t.Run("nothing_leaks", func(t *testing.T) {
+		for _, p := range n1.Pods[1:] {
+			require.NoError(t, p.Detach(ctx))
+		}
+		require.Eventually(t, func() bool { return openFiles(t, pid) <= filesBefore }, 10*time.Second, 100*time.Millisecond,
+			"%d descriptors before, %d after", filesBefore, openFiles(t, pid))
+		require.Less(t, statusField(t, pid, "Threads"), threadsBefore+10)
+		for _, p := range n1.Pods[1:] {
+			require.NotContains(t, interfaces(t, p.Netns()), "eth0")
+		}
+	})
+}
+
+// cpuTicks is user and system time of a process so far.
+func cpuTicks(t *testing.T, pid int) int {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	require.NoError(t, err)
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	var user, system int
+	_, err = fmt.Sscan(fields[11]+" "+fields[12], &user, &system)
+	require.NoError(t, err)
+	return user + system
+}
