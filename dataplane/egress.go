@@ -125,6 +125,7 @@ func (w *Worker) segment(out *slot, p *packet.Packet, chain []port.Frame) {
 	o := packet.Offload(chain[0].Offload)
 	var s packet.Segmenter
 	s.Init(p, w.pool.Bytes(&chain[0]), w.rest(chain), &o, out.caps.Checksum)
+	w.overtake(out)
 	left := uint32(s.Segments())
 	offload := port.Offload(s.Offload())
 	for ; left > 0; left-- {
@@ -183,6 +184,7 @@ func (w *Worker) fragment(out *slot, v *Verdict, p *packet.Packet, chain []port.
 		w.dropOut(out, drop.TooBig, chain, 1)
 		return
 	}
+	w.overtake(out)
 	made := uint64(0)
 	for more := true; more; made++ {
 		f, ok := w.allocFor(packet.EthernetHeaderLen + packet.VLANTagLen + mtu)
@@ -206,10 +208,19 @@ func (w *Worker) fragment(out *slot, v *Verdict, p *packet.Packet, chain []port.
 	w.pool.FreeAll(chain)
 }
 
+const _ = uint(packet.MaxCoalesce - 2*batch) // the coalescer has room for whatever a batch holds
+
 // hold gives packet i of the batch to the coalescer, which returns it when the batch is flushed, perhaps as part of a train.
 func (w *Worker) hold(out *slot, i int, f *port.Frame, accept packet.Accept) {
 	w.coalescer.Add(&w.packets[i], w.pool.Bytes(f), uint32(out.index), accept, uint32(i))
 	w.held++
+}
+
+// overtake queues what is held for a port before packets that are not held go there: those of one flow stay in order.
+func (w *Worker) overtake(out *slot) {
+	if out.accept != 0 {
+		w.release()
+	}
 }
 
 // release queues what the coalescer holds: trains as chains whose first frame is whole and whose others are cut to their payload.

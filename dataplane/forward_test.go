@@ -308,3 +308,24 @@ func TestWorkerCountsPacketsReceived(t *testing.T) {
 	n.inject(n.pods[0], fromPod(0, "10.244.2.7", 10).bytes(t), fromPod(0, "10.244.9.1", 10).bytes(t))
 	require.EqualValues(t, 2, n.w.collect().Packets)
 }
+
+func TestOrderWithinFlow(t *testing.T) {
+	n := newNode(t, withPodCaps(port.Caps{Checksum: true, TSO4: true, TSO6: true, Chains: true})) // takes TCP trains, but no UDP ones
+	small := func(id byte) []byte {
+		p := udp("10.244.1.10", "10.244.1.11", podMACs[0], gatewayMAC, 20)
+		p.payload[0] = id
+		return p.bytes(t)
+	}
+	large := udp("10.244.1.10", "10.244.1.11", podMACs[0], gatewayMAC, 300).bytes(t)
+	sum := packet.Fold(packet.PseudoHeader(addr("10.244.1.10"), addr("10.244.1.11"), 17, 308))
+	large[40], large[41] = byte(sum>>8), byte(sum)
+	require.NoError(t, n.pods[0].Inject(0, small(1), port.Offload{}))
+	require.NoError(t, n.pods[0].Inject(0, large, port.Offload{Flags: port.NeedsChecksum, GSO: port.GSOUDP, SegmentSize: 100, ChecksumStart: 34, ChecksumOffset: 6}))
+	require.NoError(t, n.pods[0].Inject(0, small(2), port.Offload{}))
+	n.poll()
+	var lengths []int
+	for _, s := range n.pods[1].Sent(0) {
+		lengths = append(lengths, len(s.Bytes)-42)
+	}
+	require.Equal(t, []int{20, 100, 100, 100, 20}, lengths)
+}

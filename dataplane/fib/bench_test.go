@@ -163,7 +163,7 @@ var evict = make([]uint64, 64<<20/8)
 var benchSink Entry
 
 // BenchmarkLookup measures lookups of random destinations of one kind, in ns/lookup. Warm: 8,192 destinations over and over. Cold: 32, a
-// small batch, after the caches were filled with something else; the clock's own 50 ns or so are in it.
+// small batch, after the caches were filled with something else; reading the clock around the batch is in it.
 func BenchmarkLookup(b *testing.B) {
 	kinds := []Kind{Node, Pod, Member, Outside}
 	for _, family := range []int{4, 6} {

@@ -1,6 +1,8 @@
 package fib
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 
@@ -8,23 +10,26 @@ import (
 	"pgregory.net/rapid"
 )
 
-// drawTable draws pools and routes that crowd around them, and returns the table, the model, and addresses worth asking for: the edges of
-// every prefix and their neighbours.
-func drawTable(t *rapid.T, six bool) (*Table, *model, []netip.Addr) {
+// chooser answers with a number from 0 to n-1, 1 <= n <= 256. rapid and the fuzzer each have theirs.
+type chooser func(n int) int
+
+// makeTable makes a table out of choices: pools, routes that crowd in and around them, and addresses worth asking for: the edges
+// of every prefix and their neighbours. It also returns the model of the same.
+func makeTable(choose chooser) (*Table, *model, []netip.Addr, error) {
 	size := 32
-	if six {
+	if choose(2) == 1 {
 		size = 128
 	}
+	between := func(lo, hi int) int { return lo + choose(hi-lo+1) }
 	// Few distinct bytes, so that prefixes nest and collide.
-	drawAddr := func(label string) netip.Addr {
+	someAddr := func() netip.Addr {
 		b := make([]byte, size/8)
-		for i := range b {
-			b[i] = rapid.SampledFrom([]byte{0, 0, 0, 1, 2, 0x80, 0xff}).Draw(t, label)
-		}
-		if six {
+		b[0] = 10
+		if size == 128 {
 			b[0] = 0xfd
-		} else {
-			b[0] = 10
+		}
+		for i := 1; i < len(b); i++ {
+			b[i] = [...]byte{0, 0, 0, 1, 2, 0x80, 0xff}[choose(7)]
 		}
 		a, _ := netip.AddrFromSlice(b)
 		return a
@@ -41,44 +46,45 @@ func drawTable(t *rapid.T, six bool) (*Table, *model, []netip.Addr) {
 			}
 		}
 	}
-	var starts []Pool
-	for range rapid.IntRange(0, 10).Draw(t, "pools") {
-		p := netip.PrefixFrom(drawAddr("pool"), rapid.IntRange(1, size).Draw(t, "poolBits")).Masked()
-		block := rapid.IntRange(p.Bits(), min(p.Bits()+12, size)).Draw(t, "blockBits")
-		if err := b.AddPool(p, block); err != nil {
+
+	var pools []Pool
+	for range choose(11) {
+		p := netip.PrefixFrom(someAddr(), between(1, size)).Masked()
+		block := between(p.Bits(), min(p.Bits()+12, size))
+		if b.AddPool(p, block) != nil {
 			continue // overlaps another, or is one too many
 		}
-		starts = append(starts, Pool{p, block})
+		pools = append(pools, Pool{p, block})
 		m.pools = append(m.pools, p)
 		ask(p)
 	}
-	for i := range rapid.IntRange(1, 40).Draw(t, "routes") {
-		a := drawAddr("route")
-		length := rapid.IntRange(0, size).Draw(t, "routeBits")
-		if len(starts) > 0 && rapid.Bool().Draw(t, "inPool") {
+
+	for i := range between(1, 40) {
+		a, length := someAddr(), between(0, size)
+		if len(pools) > 0 && choose(2) == 1 {
 			// Take the pool's bits, and a length that means something to it.
-			p := rapid.SampledFrom(starts).Draw(t, "which")
+			p := pools[choose(len(pools))]
 			a = graft(p.CIDR, a)
-			length = rapid.SampledFrom([]int{p.BlockBits, size, size, p.CIDR.Bits(), length, rapid.IntRange(p.BlockBits, size).Draw(t, "longer")}).Draw(t, "inPoolBits")
-			if rapid.Bool().Draw(t, "lowHost") {
-				a = graft(netip.PrefixFrom(a, p.BlockBits), lowAddr(six, rapid.IntRange(0, 300).Draw(t, "host")))
+			length = [...]int{p.BlockBits, size, size, p.CIDR.Bits(), length, between(p.BlockBits, size)}[choose(6)]
+			if choose(2) == 1 {
+				a = graft(netip.PrefixFrom(a, p.BlockBits), lowAddr(size, choose(256)))
 			}
 		}
-		if len(asked) > 0 && rapid.Bool().Draw(t, "near") {
-			a = rapid.SampledFrom(asked).Draw(t, "nearTo")
+		if len(asked) > 0 && choose(2) == 1 {
+			a = asked[choose(min(len(asked), 256))]
 		}
 		prefix := netip.PrefixFrom(a, length).Masked()
 		adj, err := b.AddAdjacency(Adjacency{Port: uint16(i)})
 		if err != nil {
-			t.Fatal(err)
+			return nil, nil, nil, err
 		}
-		e := MakeEntry(Kind(rapid.IntRange(int(Unreachable), int(Outside)).Draw(t, "kind")), adj)
-		if length == size && rapid.Bool().Draw(t, "pod") {
+		e := MakeEntry(Kind(choose(int(numKinds))), adj)
+		if length == size && choose(2) == 1 {
 			e = MakeEntry(Pod, adj)
 		}
 		if err := b.Add(prefix, e); err != nil {
 			if _, twice := m.routes[prefix]; !twice {
-				t.Fatalf("Add(%v): %v", prefix, err)
+				return nil, nil, nil, err
 			}
 			continue
 		}
@@ -89,9 +95,9 @@ func drawTable(t *rapid.T, six bool) (*Table, *model, []netip.Addr) {
 		ask(prefix)
 	}
 	for range 20 {
-		asked = append(asked, drawAddr("asked"))
+		asked = append(asked, someAddr())
 	}
-	return b.Build(), m, asked
+	return b.Build(), m, asked, nil
 }
 
 // graft returns a with its first bits replaced by p's.
@@ -106,46 +112,73 @@ func graft(p netip.Prefix, a netip.Addr) netip.Addr {
 }
 
 // lowAddr is the address with the given low bits and no others.
-func lowAddr(six bool, low int) netip.Addr {
-	if six {
+func lowAddr(size, low int) netip.Addr {
+	if size == 128 {
 		return addr6(0, uint64(low))
 	}
 	return addr4(uint32(low))
 }
 
-func checkAgainstModel(t *rapid.T) {
-	table, m, asked := drawTable(t, rapid.Bool().Draw(t, "six"))
+// checkAgainstModel makes a table and says where it and the model disagree.
+func checkAgainstModel(choose chooser) error {
+	table, m, asked, err := makeTable(choose)
+	if err != nil {
+		return err
+	}
 	for _, a := range asked {
 		if got, want := lookup(table, a), m.lookup(a); got != want {
-			t.Fatalf("%v: got %v, the model says %v\npools %v\nroutes %v", a, got, want, table.Pools(), m.routes)
+			return fmt.Errorf("%v: got %v, the model says %v\npools %v\nroutes %v", a, got, want, table.Pools(), m.routes)
 		}
 	}
 	if table.Len() != len(m.routes) {
-		t.Fatalf("Len %d, want %d", table.Len(), len(m.routes))
+		return fmt.Errorf("Len %d, want %d", table.Len(), len(m.routes))
 	}
 	last, n := netip.Prefix{}, 0
 	table.Walk(func(p netip.Prefix, e Entry) bool {
 		if want, ok := m.routes[p]; !ok || want != e {
-			t.Fatalf("Walk: %v %v, want %v", p, e, want)
+			err = fmt.Errorf("Walk: %v %v, want %v", p, e, want)
 		}
 		if n++; n > 1 && last.Compare(p) >= 0 {
-			t.Fatalf("Walk: %v before %v", last, p)
+			err = fmt.Errorf("Walk: %v before %v", last, p)
 		}
 		last = p
 		return true
 	})
-	if n != len(m.routes) {
-		t.Fatalf("Walk: %d routes, want %d", n, len(m.routes))
+	if err == nil && n != len(m.routes) {
+		err = fmt.Errorf("Walk: %d routes, want %d", n, len(m.routes))
 	}
+	return err
 }
 
-func TestAgainstModel(t *testing.T) { rapid.Check(t, checkAgainstModel) }
+func TestAgainstModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		err := checkAgainstModel(func(n int) int { return rapid.IntRange(0, n-1).Draw(t, "choice") })
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+}
 
-// FuzzTable drives the same comparison from the fuzzer's bytes.
+// FuzzTable takes each choice from a byte of the input; beyond its end every choice is the first.
 func FuzzTable(f *testing.F) {
-	f.Add([]byte{})
-	f.Add([]byte("\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f\x10"))
-	f.Fuzz(rapid.MakeFuzz(checkAgainstModel))
+	for seed := range byte(4) {
+		data := make([]byte, 1024)
+		_, _ = rand.NewChaCha8([32]byte{seed}).Read(data)
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		err := checkAgainstModel(func(n int) int {
+			if len(data) == 0 {
+				return 0
+			}
+			c := int(data[0]) % n
+			data = data[1:]
+			return c
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // TestModelKnowsPools checks the golden model itself on cases that can be read off.

@@ -39,7 +39,7 @@ const maxTrain = 64
 // had the same identification get counted ones (RFC 6864), a padded last one loses its Ethernet padding, and a checksum
 // may change between the two zeros of ones' complement.
 //
-// A Coalescer belongs to one goroutine and is reused. Its size is fixed (about 10 KiB). The zero value is ready for use.
+// A Coalescer belongs to one goroutine and is reused. Its size is fixed (9 KiB). The zero value is ready for use.
 type Coalescer struct {
 	n       int  // entries in use
 	cursor  int  // next entry for Next

@@ -72,9 +72,9 @@ func BenchmarkCoalesce(b *testing.B) {
 	for _, family := range []int{4, 6} {
 		for _, proto := range []string{"tcp", "udp"} {
 			packets, frames, size := benchBatch(b, family == 6, proto == "udp")
+			original := append([]byte{}, frames[0]...)
 			b.Run(fmt.Sprintf("proto=%s/family=%d/bytes=65535/mss=%d", proto, family, size), func(b *testing.B) {
 				var c Coalescer
-				original := append([]byte{}, frames[0]...)
 				b.ReportAllocs()
 				for b.Loop() {
 					restoreHead(frames[0], original)

@@ -12,113 +12,6 @@ import (
 	"github.com/overplane/overplane/dataplane/drop"
 )
 
-// arrival is one packet of a batch: its description, and what is wrong or special about it.
-type arrival struct {
-	gsoSpec
-	out     uint32
-	accept  Accept
-	badSum  bool
-	noSum   bool // UDP without a checksum
-	padding int
-}
-
-const acceptAll = AcceptTCP4 | AcceptTCP6 | AcceptUDP
-
-func (a arrival) frame() []byte {
-	b := a.build(false)
-	at := a.headerLen() - 2 // UDP's checksum
-	if !a.udp {
-		at = a.headerLen() - len(a.options) - 4
-	}
-	if a.badSum {
-		b[at] ^= 1
-	}
-	if a.noSum {
-		b[at], b[at+1] = 0, 0
-	}
-	return append(b, make([]byte, a.padding)...)
-}
-
-// modelTrain is a train of the golden model: indices into the batch.
-type modelTrain struct {
-	members []int
-	closed  bool
-}
-
-// modelCoalesce is the golden model of coalescing: the rules, one after the other, on descriptions.
-func modelCoalesce(batch []arrival) []*modelTrain {
-	var trains []*modelTrain
-	type flow struct {
-		v6, udp bool
-		host    uint8
-		port    uint16
-	}
-	open := map[flow]*modelTrain{}
-	for i, a := range batch {
-		f := flow{a.v6, a.udp, a.host, a.srcPort}
-		t := open[f]
-		if modelCandidate(a) && t != nil && modelContinues(batch, t, a) {
-			t.members = append(t.members, i)
-			first := batch[t.members[0]]
-			if len(a.payload) < len(first.payload) || modelEnding(a) || len(t.members) == 64 {
-				delete(open, f)
-			}
-			continue
-		}
-		delete(open, f)
-		t = &modelTrain{members: []int{i}}
-		trains = append(trains, t)
-		if modelCandidate(a) && !modelEnding(a) && a.padding == 0 && (a.udp || len(a.payload) >= MinTCPSegmentSize) {
-			open[f] = t
-		}
-	}
-	return trains
-}
-
-func modelEnding(a arrival) bool { return !a.udp && a.flags&(tcpFIN|tcpPSH) != 0 }
-
-func modelCandidate(a arrival) bool {
-	kind := AcceptTCP4
-	if a.v6 {
-		kind = AcceptTCP6
-	}
-	if a.udp {
-		kind = AcceptUDP
-	}
-	return a.accept&kind != 0 && len(a.payload) > 0 && len(a.extra) == 0 && !a.noSum &&
-		(a.udp || a.flags&^(tcpFIN|tcpPSH) == tcpACK)
-}
-
-// modelContinues: the packet is what segmentation would have made next, and all sums are good.
-func modelContinues(batch []arrival, t *modelTrain, a arrival) bool {
-	first, last := batch[t.members[0]], batch[t.members[len(t.members)-1]]
-	bytes := 0
-	for _, m := range t.members {
-		bytes += len(batch[m].payload)
-	}
-	if first.badSum || a.badSum || a.out != first.out || len(a.payload) > len(first.payload) ||
-		first.headerLen()-14+bytes+len(a.payload) > 65535 {
-		return false
-	}
-	want := last.gsoSpec
-	want.seq += uint32(len(last.payload))
-	want.payload, want.flags = a.payload, a.flags
-	if a.udp {
-		want.seq, want.ack, want.window = a.seq, a.ack, a.window
-	}
-	if !a.v6 {
-		fixed := a.df && a.id == last.id && (len(t.members) == 1 || batch[t.members[1]].id == first.id)
-		counted := a.id == last.id+1 && (len(t.members) == 1 || batch[t.members[1]].id != first.id)
-		if !fixed && !counted {
-			return false
-		}
-	}
-	if want.id = a.id; a.v6 {
-		want.df = a.df
-	}
-	return fmt.Sprint(want) == fmt.Sprint(a.gsoSpec)
-}
-
 // coalesced is one packet that left.
 type coalesced struct {
 	handles []uint32
@@ -316,6 +209,12 @@ func TestCoalesceAgainstGoldenModel(t *testing.T) {
 				}
 			case 16:
 				a.srcPort++
+			case 17:
+				if a.options == nil && !a.udp {
+					a.options = tcpTimestamps
+				} else {
+					a.options = nil
+				}
 			}
 			batch = append(batch, a)
 		}
@@ -475,4 +374,77 @@ func FuzzCoalesce(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Every header byte must be equal in all segments but those that say what differs by nature.
+func TestCoalesceComparesEveryHeaderByte(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		for _, udp := range []bool{false, true} {
+			g := gsoSpec{v6: v6, udp: udp, df: true, ttl: 64, host: 1, srcPort: 4000, flags: tcpACK, payload: testPayload(50, 1)}
+			if !udp {
+				g.options = tcpTimestamps
+			}
+			a := g.build(false)
+			var p Packet
+			Parse(&p, a, len(a))
+			free := map[int]bool{}
+			for _, i := range map[bool][]int{false: {2, 3, 4, 5, 10, 11}, true: {4, 5}}[v6] {
+				free[int(p.L3)+i] = true // lengths; identification and checksum
+			}
+			for _, i := range map[bool][]int{false: {4, 5, 6, 7, 13, 16, 17}, true: {4, 5, 6, 7}}[udp] {
+				free[int(p.L4)+i] = true // sequence number, flags, checksum; length, checksum
+			}
+			for i := range int(p.Payload) {
+				b := bytes.Clone(a)
+				b[i] ^= 1
+				require.Equal(t, free[i], sameHeaders(&p, a, b), "v6 %v, udp %v, byte %d", v6, udp, i)
+			}
+		}
+	}
+}
+
+// A packet that is not plain data stands alone, and nothing of its flow overtakes it; so do several alike.
+func TestCoalesceLeavesAlone(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		udp  bool
+		edit func(l4 []byte)
+	}{
+		{"surplus behind UDP's length", true, func(l4 []byte) { l4[5] -= 2 }},
+		{"reserved bits", false, func(l4 []byte) { l4[12] |= 2 }},
+		{"accurate ECN", false, func(l4 []byte) { l4[12] |= 1 }},
+		{"ECE", false, func(l4 []byte) { l4[13] |= 0x40 }},
+		{"CWR", false, func(l4 []byte) { l4[13] |= tcpCWR }},
+		{"URG", false, func(l4 []byte) { l4[13] |= tcpURG }},
+		{"no ACK", false, func(l4 []byte) { l4[13] = 0 }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for want, all := range map[string]bool{"[[0 1] [2] [3 4]]": false, "[[0] [1] [2] [3] [4]]": true} {
+				a := arrival{gsoSpec: gsoSpec{udp: test.udp, df: true, ttl: 64, host: 1, srcPort: 4000, flags: tcpACK}}
+				var frames [][]byte
+				for i := range 5 {
+					continueFlow(&a, 100, 1)
+					b := a.frame()
+					if i == 2 || all {
+						l4 := b[34:]
+						test.edit(l4)
+						field, n := 16, len(l4)
+						if test.udp {
+							field, n = 6, int(binary.BigEndian.Uint16(l4[4:6]))
+						}
+						l4[field], l4[field+1] = 0, 0
+						binary.BigEndian.PutUint16(l4[field:], ^slowSum(a.pseudo(n), l4[:n]))
+					}
+					frames = append(frames, b)
+				}
+				var c Coalescer
+				accept := []Accept{acceptAll, acceptAll, acceptAll, acceptAll, acceptAll}
+				var got [][]uint32
+				for _, x := range coalesceAll(t, &c, frames, make([]uint32, 5), accept) {
+					got = append(got, x.handles)
+				}
+				require.Equal(t, want, fmt.Sprint(got))
+			}
+		})
+	}
 }

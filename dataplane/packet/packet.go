@@ -44,6 +44,7 @@ func (a Addr) Netip() netip.Addr {
 // Kind is what a frame carries above Ethernet.
 type Kind uint8
 
+// The kinds of frame.
 const (
 	KindOther Kind = iota // not parsed any further; Packet.Reason says why
 	KindIPv4

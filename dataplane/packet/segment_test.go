@@ -1,6 +1,7 @@
 package packet
 
 import (
+	"bytes"
 	"fmt"
 	"testing"
 
@@ -110,6 +111,23 @@ func TestSegmentKeepsWrongPseudoHeader(t *testing.T) {
 	require.Len(t, segments, 3)
 	for i, s := range segments {
 		require.False(t, goldenL4Good(s), "segment %d", i)
+	}
+}
+
+// RFC 768: a computed checksum of zero is sent as all ones, since zero stands for none.
+func TestSegmentUDPZeroChecksum(t *testing.T) {
+	g := gsoSpec{udp: true, ttl: 64, host: 1, payload: []byte{1, 2, 0, 0, 3, 4, 0, 0}}
+	for i := 0; i < len(g.payload); i += 4 {
+		s := g
+		s.payload = bytes.Clone(g.payload[i : i+4])
+		b := s.build(false)
+		copy(g.payload[i+2:], b[len(b)-6:][:2]) // the checksum so far, which makes the sum all ones
+	}
+	segments, _ := segmentAll(t, g.build(true), g.headerLen(), g.offload(4), false)
+	require.Len(t, segments, 2)
+	for _, s := range segments {
+		require.Equal(t, []byte{0xff, 0xff}, s[len(s)-6:][:2])
+		require.True(t, goldenL4Good(s))
 	}
 }
 

@@ -164,6 +164,33 @@ func TestInterfaceDeleted(t *testing.T) {
 	require.Zero(t, n)
 	require.Equal(t, port.TxDown, status)
 	q.pool.FreeAll(f)
+
+	require.NoError(t, s.Port.Close())
+	rx, tx := q.Outstanding()
+	require.NotZero(t, rx)
+	require.NotZero(t, tx)
+	q.Recover()
+	requireWhole(t, q.pool)
+	q.Recover()
+	requireWhole(t, q.pool)
+}
+
+// requireWhole takes every chunk out of the pool once, and puts them back.
+func requireWhole(t testing.TB, pool *port.Pool) {
+	t.Helper()
+	var all []port.Frame
+	seen := map[uint32]bool{}
+	for {
+		f, ok := pool.Alloc()
+		if !ok {
+			break
+		}
+		require.False(t, seen[f.Off], "chunk %#x is in the pool twice", f.Off)
+		seen[f.Off] = true
+		all = append(all, f)
+	}
+	require.Len(t, all, pool.Config().Chunks)
+	pool.FreeAll(all)
 }
 
 // TestTransmitRejects lists what the sockets do not take, and that it leaves the caller its frames.

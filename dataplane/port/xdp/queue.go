@@ -89,16 +89,11 @@ func (q *Queue) Receive(frames []port.Frame) int {
 				whole = uint32(i) + 1
 			}
 			frames[i] = f
-			q.toggle(f.Off)
-		}
-		for i := int(whole); i < len(frames); i++ {
-			q.toggle(frames[i].Off) // the start of a packet that is not whole stays
 		}
 		if q.discarding || (whole == 0 && n >= port.MaxChain) {
 			whole = q.discard(frames)
 		} else {
-			q.rx.release(whole)
-			q.rxHeld -= whole
+			q.took(frames[:whole])
 		}
 	}
 	q.refill()
@@ -108,13 +103,20 @@ func (q *Queue) Receive(frames []port.Frame) int {
 // discard frees the received buffers up to the end of a packet that has too many, and returns 0: what comes behind is for the next call.
 // The kernel makes no such packet of today's limits; one would block the queue for ever.
 func (q *Queue) discard(frames []port.Frame) uint32 {
-	// The caller toggled none of a packet without an end, and those before the last end.
 	n := port.PacketFrames(frames)
 	q.discarding = frames[n-1].Flags&port.More != 0
+	q.took(frames[:n])
 	q.pool.FreeAll(frames[:n])
-	q.rx.release(uint32(n))
-	q.rxHeld -= uint32(n)
 	return 0
+}
+
+// took makes the received frames the caller's and gives their descriptors back.
+func (q *Queue) took(frames []port.Frame) {
+	for i := range frames {
+		q.toggle(frames[i].Off)
+	}
+	q.rx.release(uint32(len(frames)))
+	q.rxHeld -= uint32(len(frames))
 }
 
 // refill gives the kernel chunks to receive into, as far as the pool has them.

@@ -167,6 +167,8 @@ func TestRingsLoopback(t *testing.T) {
 			free, _ := q.pool.Available()
 			require.Zero(t, tx)
 			require.Equal(t, 1024, free+rx)
+			q.Recover()
+			requireWhole(t, q.pool)
 		})
 	}
 }
@@ -239,6 +241,35 @@ func TestReceiveKeepsChainsWhole(t *testing.T) {
 	rx, tx := q.Outstanding()
 	free, _ := q.pool.Available()
 	require.Equal(t, 512, free+rx+tx)
+	q.Recover()
+	requireWhole(t, q.pool)
+}
+
+// TestRecover ends in the middle of everything: frames in all four rings, and some in the caller's hands.
+func TestRecover(t *testing.T) {
+	q, k := newFake(t, 64, 7, 256, 2048, 8)
+	frames := make([]port.Frame, port.MaxChain)
+	q.Receive(frames)
+	send := func(n int) {
+		for range n {
+			f, ok := q.pool.Alloc()
+			require.True(t, ok)
+			f.Len = 60
+			_, status := q.Transmit([]port.Frame{f})
+			require.Equal(t, port.TxOK, status)
+		}
+	}
+	send(20)
+	q.Flush()
+	k.step() // 20 received and completed, which nobody looked at
+	send(10)
+	q.Flush() // published, not sent
+	send(5)   // not published
+	mine, ok := q.pool.Alloc()
+	require.True(t, ok)
+	q.Recover()
+	q.pool.Free(mine)
+	requireWhole(t, q.pool)
 }
 
 // TestQueueDoesNotAllocate counts the heap allocations of one poll.
@@ -324,5 +355,7 @@ func FuzzTransmit(f *testing.F) {
 		free, large := q.pool.Available()
 		require.Equal(t, 512, free+rx+tx)
 		require.Equal(t, 2, large)
+		q.Recover()
+		requireWhole(t, q.pool)
 	})
 }

@@ -3,6 +3,7 @@ package xdp
 import (
 	"errors"
 	"fmt"
+	"os"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -67,6 +68,9 @@ func registerUMEM(fd int, mem []byte, chunkSize int) error {
 	// The kernel pins the pages and keeps its own references; the address is only used during the call. mem is no Go heap memory in
 	// production, and the heap does not move.
 	reg := unix.XDPUmemReg{Addr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem)))), Len: uint64(len(mem)), Size: uint32(chunkSize)}
+	if page := uint64(os.Getpagesize()); reg.Addr%page != 0 {
+		return fmt.Errorf("xdp: frame memory at %#x is not aligned to pages of %d bytes: use the bytes of a Memory from their start", reg.Addr, page)
+	}
 	size := unsafe.Sizeof(reg)
 	for {
 		// reg is alive and of the length that is said; older kernels refuse the newer, longer structure only if its end is not zero, and
