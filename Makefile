@@ -50,7 +50,7 @@ bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
 fuzz: ## every fuzz target for FUZZTIME=10s
 	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane test | sort | while IFS=: read -r file func; do \
 		echo "== $${func#func } in $$(dirname $$file)"; \
-		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' ./$$(dirname $$file) </dev/null; \
+		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 5x ./$$(dirname $$file) </dev/null; \
 	done
 
 .PHONY: generate

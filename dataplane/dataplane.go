@@ -20,6 +20,8 @@ import (
 const (
 	// idlePolls empty polls in a row put a worker to sleep: about the time a burst's next packet takes, not more, since the core may be needed by a pod.
 	idlePolls = 64
+	// idleAsking is the same for a worker without a polled queue: each of its empty polls is a system call, which may as well be the one that sleeps.
+	idleAsking = 8
 	// sleep is the longest a worker stays in epoll, so that its heartbeat goes on. The steering program's limit is a multiple of it.
 	sleep = 250 * time.Millisecond
 )
@@ -214,10 +216,14 @@ func (w *Worker) run(stop *atomic.Bool) {
 			idle = 0
 			continue
 		}
-		if idle++; idle >= idlePolls {
+		patience := idlePolls
+		if len(w.polled) == 0 {
+			patience = idleAsking
+		}
+		if idle++; idle >= patience {
 			w.parks++
 			w.wait.ready(int(sleep / time.Millisecond)) // whatever it names is still there for the next poll
-			idle = idlePolls / 2
+			idle = patience / 2
 		}
 	}
 }

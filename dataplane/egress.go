@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"github.com/overplane/overplane/dataplane/drop"
+	"github.com/overplane/overplane/dataplane/fib"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 )
@@ -31,12 +32,11 @@ func segmentsOf(f *port.Frame, total int) uint32 {
 }
 
 // rewrite makes the packet one that leaves by its adjacency: Ethernet addresses, hop limit. A VLAN tag does not survive.
-func (w *Worker) rewrite(v *Verdict, p *packet.Packet, f *port.Frame) {
+func (w *Worker) rewrite(v *Verdict, adj *fib.Adjacency, p *packet.Packet, f *port.Frame) {
 	b := w.pool.Bytes(f)
 	if v.Decrement {
 		packet.DecrementTTL(p, b)
 	}
-	adj := w.snap.FIB.Adjacency(v.Adjacency)
 	if moved := packet.SetEthernet(b, p, adj.Dst, adj.Src); moved != 0 {
 		f.Off += uint32(moved)
 		f.Len -= uint32(moved)
@@ -45,11 +45,6 @@ func (w *Worker) rewrite(v *Verdict, p *packet.Packet, f *port.Frame) {
 			f.Offload.HeaderLen -= uint16(moved)
 		}
 	}
-}
-
-// egress is the slot a verdict's adjacency leads to.
-func (w *Worker) egress(v *Verdict) *slot {
-	return w.slots[w.snap.FIB.Adjacency(v.Adjacency).Port]
 }
 
 // enqueue puts packet i of the batch into the queue of its port, in a form the port takes. The packet's headers are final.
@@ -163,8 +158,8 @@ func (w *Worker) allocFor(size int) (port.Frame, bool) {
 	return w.pool.AllocLarge()
 }
 
-// fragment cuts an IPv4 packet into fragments of its adjacency's MTU (RFC 791).
-func (w *Worker) fragment(out *slot, v *Verdict, p *packet.Packet, chain []port.Frame) {
+// fragment cuts an IPv4 packet into fragments of its next hop's MTU (RFC 791).
+func (w *Worker) fragment(out *slot, mtu int, p *packet.Packet, chain []port.Frame) {
 	if out.tx == nil {
 		w.dropOut(out, drop.PortDown, chain, 1)
 		return
@@ -179,7 +174,6 @@ func (w *Worker) fragment(out *slot, v *Verdict, p *packet.Packet, chain []port.
 		packet.FinishChecksum(p, head, w.rest(chain))
 	}
 	var fr packet.Fragmenter
-	mtu := int(w.snap.FIB.Adjacency(v.Adjacency).MTU)
 	if !fr.Init(p, head, w.rest(chain), mtu) {
 		w.dropOut(out, drop.TooBig, chain, 1)
 		return
@@ -257,7 +251,9 @@ func (w *Worker) push(out *slot, chain []port.Frame) {
 	if len(out.queue) == 0 {
 		w.touched = append(w.touched, out)
 	}
-	out.queue = append(out.queue, chain...)
+	for i := range chain { // mostly one: a loop costs less than the call append makes of a slice
+		out.queue = append(out.queue, chain[i])
+	}
 }
 
 // flush hands every touched port its queue.
@@ -289,7 +285,10 @@ func (w *Worker) transmit(out *slot) {
 		}
 	}
 	out.queue = out.queue[:0]
-	out.kick = true
+	if out.flusher != nil && !out.kick {
+		out.kick = true
+		w.kicks = append(w.kicks, out)
+	}
 }
 
 // dropOut ends a packet of so many segments that could not leave by its port.

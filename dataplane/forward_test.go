@@ -17,8 +17,8 @@ import (
 var families = []struct {
 	name, podA, podB, remotePod, self, node2, unused, outside, service string
 }{
-	{"ipv4", "10.244.1.10", "10.244.1.11", "10.244.2.7", "10.240.0.11", "10.240.0.12", "10.244.9.1", "198.51.100.10", "10.96.0.1"},
-	{"ipv6", "fd12:3456:789a:0:1::10", "fd12:3456:789a:0:1::11", "fd12:3456:789a:0:2::7", "fd00:240::11", "fd00:240::12", "fd12:3456:789a:0:9::1", "2001:db8:100::10", ""},
+	{"ipv4", "10.244.1.2", "10.244.1.3", "10.244.2.7", "10.240.0.11", "10.240.0.12", "10.244.9.1", "198.51.100.10", "10.96.0.1"},
+	{"ipv6", "fd12:3456:789a:0:1::2", "fd12:3456:789a:0:1::3", "fd12:3456:789a:0:2::7", "fd00:240::11", "fd00:240::12", "fd12:3456:789a:0:9::1", "2001:db8:100::10", ""},
 }
 
 func hopLimit(p gopacket.Packet) uint8 {
@@ -224,7 +224,7 @@ func TestUnfinishedChecksumIsFinishedForTheWire(t *testing.T) {
 	n := newNode(t)
 	whole := fromPod(0, "10.244.2.7", 99).bytes(t)
 	unfinished := append([]byte(nil), whole...)
-	sum := packet.Fold(packet.PseudoHeader(addr("10.244.1.10"), addr("10.244.2.7"), 17, 99+8))
+	sum := packet.Fold(packet.PseudoHeader(addr("10.244.1.2"), addr("10.244.2.7"), 17, 99+8))
 	unfinished[14+20+6], unfinished[14+20+7] = byte(sum>>8), byte(sum)
 	require.NoError(t, n.pods[0].Inject(0, unfinished, port.Offload{Flags: port.NeedsChecksum, ChecksumStart: 34, ChecksumOffset: 6}))
 	n.poll()
@@ -290,13 +290,13 @@ func TestErrorsHaveABudget(t *testing.T) {
 
 func TestPollAllocatesNothing(t *testing.T) {
 	n := newNode(t)
-	gso, o := gsoFrame(t, "10.244.1.10", "10.244.2.7", podMACs[0], gatewayMAC, 60000, 1400)
+	gso, o := gsoFrame(t, "10.244.1.2", "10.244.2.7", podMACs[0], gatewayMAC, 60000, 1400)
 	quiet := &sink{pool: n.pool}
 	s := n.snapshot()
 	for i := range s.Ports {
 		s.Ports[i].Port = &sinkPort{Port: s.Ports[i].Port, q: quiet}
 	}
-	quiet.frames = [][]byte{fromPod(0, "10.244.2.7", 10).bytes(t), fromPod(0, "10.244.1.11", 10).bytes(t), fromPod(0, "10.244.9.1", 10).bytes(t), gso}
+	quiet.frames = [][]byte{fromPod(0, "10.244.2.7", 10).bytes(t), fromPod(0, "10.244.1.3", 10).bytes(t), fromPod(0, "10.244.9.1", 10).bytes(t), gso}
 	quiet.offload = o
 	n.d.Publish(s)
 	n.w.Poll()
@@ -312,12 +312,12 @@ func TestWorkerCountsPacketsReceived(t *testing.T) {
 func TestOrderWithinFlow(t *testing.T) {
 	n := newNode(t, withPodCaps(port.Caps{Checksum: true, TSO4: true, TSO6: true, Chains: true})) // takes TCP trains, but no UDP ones
 	small := func(id byte) []byte {
-		p := udp("10.244.1.10", "10.244.1.11", podMACs[0], gatewayMAC, 20)
+		p := udp("10.244.1.2", "10.244.1.3", podMACs[0], gatewayMAC, 20)
 		p.payload[0] = id
 		return p.bytes(t)
 	}
-	large := udp("10.244.1.10", "10.244.1.11", podMACs[0], gatewayMAC, 300).bytes(t)
-	sum := packet.Fold(packet.PseudoHeader(addr("10.244.1.10"), addr("10.244.1.11"), 17, 308))
+	large := udp("10.244.1.2", "10.244.1.3", podMACs[0], gatewayMAC, 300).bytes(t)
+	sum := packet.Fold(packet.PseudoHeader(addr("10.244.1.2"), addr("10.244.1.3"), 17, 308))
 	large[40], large[41] = byte(sum>>8), byte(sum)
 	require.NoError(t, n.pods[0].Inject(0, small(1), port.Offload{}))
 	require.NoError(t, n.pods[0].Inject(0, large, port.Offload{Flags: port.NeedsChecksum, GSO: port.GSOUDP, SegmentSize: 100, ChecksumStart: 34, ChecksumOffset: 6}))

@@ -18,20 +18,20 @@ import (
 	"github.com/overplane/overplane/dataplane/port/mem"
 )
 
-// The node under test, n1, as one worker sees it:
+// The node under test is n1 of the lab (overplane lab), with the lab's addresses, so that frames captured there mean here what they meant there.
 //
-//	pods a 10.244.1.10 fd12:3456:789a:0:1::10, b ...11 --- worker --- uplink 10.240.0.11 fd00:240::11 --- n2 10.240.0.12, block 10.244.2.0/24
+//	pods a 10.244.1.2 fd12:3456:789a:0:1::2, b ...3 --- worker --- uplink 10.240.0.11 fd00:240::11 --- n2 10.240.0.12, block 10.244.2.0/24
 //	                                                      |                                         --- gateway
 //	                                                     host
 var (
-	gatewayMAC  = packet.MAC{0x02, 0, 0, 0, 0, 0x01}
-	uplinkMAC   = packet.MAC{0x02, 0, 0, 0, 1, 0x11}
-	hostMAC     = packet.MAC{0x02, 0, 0, 0, 1, 0x01}
-	node2MAC    = packet.MAC{0x02, 0, 0, 0, 1, 0x12}
-	routerMAC   = packet.MAC{0x02, 0, 0, 0, 1, 0xfe}
-	podMACs     = []packet.MAC{{0x02, 0, 0, 0, 2, 0x10}, {0x02, 0, 0, 0, 2, 0x11}}
-	podAddrs4   = []string{"10.244.1.10", "10.244.1.11"}
-	podAddrs6   = []string{"fd12:3456:789a:0:1::10", "fd12:3456:789a:0:1::11"}
+	gatewayMAC  = packet.MAC{0x02, 0x4f, 0x56, 0x50, 0x47, 0x57}
+	uplinkMAC   = packet.MAC{0x02, 0x4f, 0x56, 0x00, 0x00, 0x01}
+	hostMAC     = packet.MAC{0x02, 0x4f, 0x56, 0x50, 0x48, 0x50}
+	node2MAC    = packet.MAC{0x02, 0x4f, 0x56, 0x00, 0x00, 0x02}
+	routerMAC   = packet.MAC{0x02, 0x4f, 0x56, 0xff, 0x00, 0x01}
+	podMACs     = []packet.MAC{{0x0a, 0x95, 0xda, 0x59, 0x4c, 0xbd}, {0x0a, 0x95, 0xda, 0x59, 0x4b, 0x61}}
+	podAddrs4   = []string{"10.244.1.2", "10.244.1.3"}
+	podAddrs6   = []string{"fd12:3456:789a:0:1::2", "fd12:3456:789a:0:1::3"}
 	tapCaps     = port.Caps{Checksum: true, TSO4: true, TSO6: true, USO: true, Chains: true}
 	noCaps      = port.Caps{}
 	uplinkMTU   = 1500

@@ -3,12 +3,9 @@ package dataplane
 import (
 	"encoding/binary"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
-	"github.com/google/gopacket/pcapgo"
 	"github.com/stretchr/testify/require"
 
 	"github.com/overplane/overplane/dataplane/drop"
@@ -16,6 +13,7 @@ import (
 	"github.com/overplane/overplane/dataplane/icmp"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/test/captures"
 )
 
 // model is what Decide should say, said slowly: a list of prefixes, netip, and one rule after the other.
@@ -136,23 +134,6 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) V
 	return v
 }
 
-// captured calls add with every frame of the captures beside the tests.
-func captured(t testing.TB, add func([]byte)) {
-	files, err := filepath.Glob("testdata/*.pcap")
-	require.NoError(t, err)
-	require.NotEmpty(t, files)
-	for _, name := range files {
-		f, err := os.Open(name)
-		require.NoError(t, err)
-		r, err := pcapgo.NewReader(f)
-		require.NoError(t, err, name)
-		for b, _, err := r.ReadPacketData(); err == nil; b, _, err = r.ReadPacketData() {
-			add(b)
-		}
-		require.NoError(t, f.Close())
-	}
-}
-
 // pairs calls add with a small and a large UDP packet between all kinds of addresses, from all kinds of senders.
 func pairs(t testing.TB, add func([]byte)) {
 	for _, f := range families {
@@ -203,15 +184,15 @@ func TestDecideMatchesModel(t *testing.T) {
 			}
 		}
 		pairs(t, each)
-		captured(t, each)
+		captures.Each(each)
 	}
 }
 
 // FuzzDecide compares Decide with the model on whatever Parse accepts.
 func FuzzDecide(f *testing.F) {
 	m := newModel(newNode(f).snap)
-	captured(f, func(b []byte) { f.Add(uint8(FirstPodSlot), uint16(0), b) })
-	for _, p := range []ip{fromPod(0, "10.244.2.7", 30), fromPod(0, "fd12:3456:789a:0:2::7", 30), fromNode2("10.244.2.7", "10.244.1.10", 30)} {
+	captures.Each(func(b []byte) { f.Add(uint8(FirstPodSlot), uint16(0), b) })
+	for _, p := range []ip{fromPod(0, "10.244.2.7", 30), fromPod(0, "fd12:3456:789a:0:2::7", 30), fromNode2("10.244.2.7", "10.244.1.2", 30)} {
 		for slot := range m.snap.Ports {
 			f.Add(uint8(slot), uint16(0), p.bytes(f))
 		}
@@ -222,13 +203,13 @@ func FuzzDecide(f *testing.F) {
 // FuzzPoll lets frames and metadata of any kind loose on a node and counts afterwards: no frame leaks, every packet is accounted for, and what
 // is sent to the wire is whole.
 func FuzzPoll(f *testing.F) {
-	captured(f, func(b []byte) {
+	captures.Each(func(b []byte) {
 		for _, slot := range []uint8{0, 2} {
 			f.Add(slot, uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), b, uint16(0))
 		}
 	})
-	f.Add(uint8(2), uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), fromNode2("10.244.2.7", "10.244.1.10", 30).bytes(f), uint16(0))
-	gso, o := gsoFrame(f, "10.244.1.10", "10.244.2.7", podMACs[0], gatewayMAC, 4000, 1400)
+	f.Add(uint8(2), uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), fromNode2("10.244.2.7", "10.244.1.2", 30).bytes(f), uint16(0))
+	gso, o := gsoFrame(f, "10.244.1.2", "10.244.2.7", podMACs[0], gatewayMAC, 4000, 1400)
 	f.Add(uint8(0), o.Flags, o.GSO, o.SegmentSize, o.ChecksumStart, o.ChecksumOffset, gso, uint16(0))
 	f.Add(uint8(0), o.Flags, o.GSO, o.SegmentSize, o.ChecksumStart, o.ChecksumOffset, gso[:200], uint16(30000))
 	f.Fuzz(func(t *testing.T, slot, flags, gso uint8, size, start, offset uint16, b []byte, grow uint16) {
@@ -254,4 +235,35 @@ func FuzzPoll(f *testing.F) {
 			require.Zero(t, s.Offload)
 		}
 	})
+}
+
+// Frames captured in the lab at pod n1-p1 and on the wire of n1 take here the way they took there.
+func TestCapturedTrafficIsForwarded(t *testing.T) {
+	n := newNode(t)
+	verdicts := map[string]int{}
+	captures.Each(func(b []byte) {
+		in := -1
+		switch packet.MAC(b[6:12]) {
+		case podMACs[0]:
+			in = FirstPodSlot
+		case node2MAC:
+			in = UplinkSlot
+		}
+		if in < 0 {
+			return // sent by the node itself, or not the cluster's
+		}
+		var p packet.Packet
+		packet.Parse(&p, b, len(b))
+		var v Verdict
+		Decide(n.snap, &n.snap.Ports[in], &p, min(p.Length, 1500), &v)
+		verdicts[[]string{"drop", "forward", "fragment", "answer"}[v.Action]+" "+v.Reason.String()]++
+	})
+	t.Log(verdicts)
+	require.Greater(t, verdicts["forward none"], 60)
+	require.Positive(t, verdicts["answer none"])
+	require.Positive(t, verdicts["drop hop_limit_exceeded"])
+	require.Positive(t, verdicts["drop outside_no_snat"])
+	require.Positive(t, verdicts["drop unreachable"])
+	require.Zero(t, verdicts["drop source_not_pods"])
+	require.Zero(t, verdicts["drop source_not_member"])
 }

@@ -12,6 +12,12 @@ type Traffic struct {
 	Bytes   uint64 // Ethernet bytes of the frames
 }
 
+func (t *Traffic) add(more *Traffic) {
+	t.Frames += more.Frames
+	t.Packets += more.Packets
+	t.Bytes += more.Bytes
+}
+
 // SlotStats are the counters of one port as one worker keeps them. Directions are the data plane's: In is received from the port.
 //
 // For every worker, over all its slots: packets In = packets Out + DropsIn + DropsOut + Answered - Generated, where a packet is a packet of Traffic.

@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -38,8 +39,8 @@ type Worker struct {
 	slots  []*slot
 	polled []source // queues asked on every poll
 	wait   waiter   // all other queues, asked when epoll names them
-	kicks  []port.Flusher
-	now    int64 // monotonic nanoseconds at the start of the poll
+	kicks  []*slot  // ports that Flush is due for: something was transmitted since, or is outstanding
+	now    int64    // monotonic nanoseconds at the start of the poll
 
 	// One batch on its journey.
 	batch    []port.Frame
@@ -51,6 +52,8 @@ type Worker struct {
 	verdicts [batch * 2]Verdict
 	made     [port.MaxChain]port.Frame // scratch: frames the worker made
 	touched  []*slot
+	fetched  byte // with resolved: keeps the compiler from dropping loads whose values nobody needs
+	resolved uint16
 
 	coalescer packet.Coalescer
 	held      int
@@ -77,11 +80,12 @@ type slot struct {
 	port   port.Port
 	queues []int // of the port, that this worker owns
 
-	tx     port.Queue // nil: no device, or none of its queues is ours
-	caps   port.Caps
-	accept packet.Accept // trains the port takes
-	queue  []port.Frame
-	kick   bool
+	tx      port.Queue // nil: no device, or none of its queues is ours
+	caps    port.Caps
+	accept  packet.Accept // trains the port takes
+	queue   []port.Frame
+	flusher port.Flusher // tx, if it needs kicks
+	kick    bool         // it is among the worker's kicks
 
 	in, sent          Traffic
 	dropsIn, dropsOut [drop.NumReasons]uint64
@@ -127,8 +131,8 @@ func (w *Worker) Poll() int {
 	for _, i := range w.wait.ready(0) {
 		total += w.receive(&w.wait.sources[i])
 	}
-	for _, f := range w.kicks {
-		f.Flush()
+	if len(w.kicks) > 0 {
+		w.kick()
 	}
 	w.polls++
 	if total > 0 {
@@ -136,6 +140,17 @@ func (w *Worker) Poll() int {
 	}
 	w.finish()
 	return total
+}
+
+// kick flushes the ports that it is due for.
+func (w *Worker) kick() {
+	due := w.kicks[:0]
+	for _, sl := range w.kicks {
+		if sl.kick = sl.flusher.Flush(); sl.kick {
+			due = append(due, sl)
+		}
+	}
+	w.kicks = due
 }
 
 // receive takes one batch from a queue through the journey.
@@ -192,7 +207,7 @@ func (w *Worker) adopt(s *Snapshot) {
 		if info.Kind != sl.kind || info.Name != sl.name {
 			index, kept := sl.index, *sl
 			*sl = slot{index: index, info: kept.info, kind: info.Kind, name: info.Name, port: kept.port, queues: kept.queues,
-				tx: kept.tx, caps: kept.caps, accept: kept.accept, queue: kept.queue}
+				tx: kept.tx, flusher: kept.flusher, kick: kept.kick, caps: kept.caps, accept: kept.accept, queue: kept.queue}
 		}
 	}
 }
@@ -218,10 +233,8 @@ func (w *Worker) attach(sl *slot, p port.Port) {
 		sl.queues = append(sl.queues, q)
 		if sl.tx == nil {
 			sl.tx = queue
+			sl.flusher, _ = queue.(port.Flusher)
 			sl.queue = make([]port.Frame, 0, queueFrames)
-		}
-		if f, ok := queue.(port.Flusher); ok {
-			w.kicks = append(w.kicks, f)
 		}
 		src := source{slot: sl, queue: queue}
 		if sl.caps.Polled {
@@ -246,16 +259,10 @@ func (w *Worker) detach(sl *slot) {
 	}
 	w.polled = polled
 	w.wait.remove(sl)
-	for _, q := range sl.queues {
-		if f, ok := sl.port.Queue(q).(port.Flusher); ok {
-			for i := range w.kicks {
-				if w.kicks[i] == f {
-					w.kicks = append(w.kicks[:i], w.kicks[i+1:]...)
-					break
-				}
-			}
-		}
+	if i := slices.Index(w.kicks, sl); i >= 0 {
+		w.kicks = slices.Delete(w.kicks, i, i+1)
 	}
+	sl.flusher, sl.kick = nil, false
 	sl.port, sl.tx, sl.caps, sl.accept, sl.queues, sl.queue = nil, nil, port.Caps{}, 0, nil, nil
 }
 

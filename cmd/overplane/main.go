@@ -3,7 +3,8 @@
 //
 // This package is flags and wiring: package client speaks to the daemon, package view makes tables and JSON.
 //
-// It exits with 0 if all went well, with 1 after an error, and `overplane status` with 3 if the node answered but is not ready.
+// It exits with 0 if all went well, with 1 after an error, and `overplane status` with 3 if the node answered but is not ready, `overplane converge` with
+// 3 if not every node has converged.
 package main
 
 import (
@@ -69,8 +70,9 @@ type app struct {
 }
 
 const (
-	groupNode = "node"
-	groupLab  = "lab"
+	groupNode    = "node"
+	groupCluster = "cluster"
+	groupLab     = "lab"
 )
 
 func newRoot(now func() time.Time) *cobra.Command {
@@ -80,8 +82,8 @@ func newRoot(now func() time.Time) *cobra.Command {
 		Short: "See and change what a node of an Overplane cluster does",
 		Long: `See and change what a node of an Overplane cluster does.
 
-Commands ask the node's daemon, overplaned, over its unix socket.
-Exit status: 0 if all went well, 1 after an error; status exits with 3 if the node is not ready.`,
+Commands for a node ask its daemon, overplaned, over its unix socket; those for the cluster ask the controller, over TLS.
+Exit status: 0 if all went well, 1 after an error; status exits with 3 if the node is not ready, converge if not all nodes have converged.`,
 		Version:       version,
 		SilenceErrors: true, // run prints them
 		SilenceUsage:  true,
@@ -91,9 +93,13 @@ Exit status: 0 if all went well, 1 after an error; status exits with 3 if the no
 	f.StringVar(&a.socket, "socket", client.Socket(), "the daemon's unix socket (environment: "+client.SocketEnv+")")
 	f.BoolVar(&a.json, "json", false, "print JSON for programs instead of tables for people")
 
-	root.AddGroup(&cobra.Group{ID: groupNode, Title: "A node:"}, &cobra.Group{ID: groupLab, Title: "A cluster on this machine:"})
+	root.AddGroup(&cobra.Group{ID: groupNode, Title: "A node:"}, &cobra.Group{ID: groupCluster, Title: "The cluster (asks the controller):"}, &cobra.Group{ID: groupLab, Title: "A cluster on this machine:"})
 	for _, c := range []*cobra.Command{a.statusCommand(), a.routesCommand(), a.podsCommand(), a.dropsCommand(), a.countersCommand(), a.stateCommand()} {
 		c.GroupID = groupNode
+		root.AddCommand(c)
+	}
+	for _, c := range a.clusterCommands() {
+		c.GroupID = groupCluster
 		root.AddCommand(c)
 	}
 	l := lab.Command()

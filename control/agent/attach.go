@@ -23,11 +23,12 @@ var podNamePattern = regexp.MustCompile(`^[A-Za-z0-9._/-]{1,253}$`)
 // podRequest is a checked AttachPodRequest.
 type podRequest struct {
 	name, netns, ifname string
+	kind                string // empty: the node's default
 	a4, a6              netip.Addr
 }
 
 func parsePodRequest(r *controlv1.AttachPodRequest) (podRequest, error) {
-	out := podRequest{name: r.GetName(), netns: r.GetNetns(), ifname: cmp.Or(r.GetInterface(), "eth0")}
+	out := podRequest{name: r.GetName(), netns: r.GetNetns(), ifname: cmp.Or(r.GetInterface(), "eth0"), kind: r.GetKind()}
 	var errs []error
 	if !podNamePattern.MatchString(out.name) {
 		errs = append(errs, fmt.Errorf("name %q: want 1 to 253 characters of [A-Za-z0-9._/-]", out.name))
@@ -37,6 +38,9 @@ func parsePodRequest(r *controlv1.AttachPodRequest) (podRequest, error) {
 	}
 	if !validIfName(out.ifname) {
 		errs = append(errs, fmt.Errorf("interface %q: want at most 15 characters without '/', ':' and white space", out.ifname))
+	}
+	if out.kind != "" && out.kind != KindTAP && out.kind != KindVeth {
+		errs = append(errs, fmt.Errorf("kind %q: want %s, %s or nothing", out.kind, KindTAP, KindVeth))
 	}
 	var err error
 	if r.GetIpv4() != "" {
@@ -59,7 +63,7 @@ func parsePodRequest(r *controlv1.AttachPodRequest) (podRequest, error) {
 }
 
 func (r *podRequest) same(p *PodRecord) bool {
-	return p.NetNS == r.netns && p.Interface == r.ifname && p.IPv4 == r.a4 && p.IPv6 == r.a6
+	return p.NetNS == r.netns && p.Interface == r.ifname && p.IPv4 == r.a4 && p.IPv6 == r.a6 && (r.kind == "" || r.kind == p.kind())
 }
 
 // attach gives a pod its device: the body of AttachPod. What it does is undone if a later step fails; what a crash interrupts is undone by the
@@ -69,8 +73,8 @@ func (a *Agent) attach(r podRequest) (*controlv1.Pod, error) {
 		if p.port != nil && !a.plat.PodAlive(p.dev) {
 			a.forget(p, "its network namespace or device is gone") // and the request is for a new one
 		} else if !r.same(&p.rec) {
-			return nil, status.Errorf(codes.AlreadyExists, "pod %s is attached with other values: netns %s, interface %s, addresses %s: detach it first",
-				r.name, p.rec.NetNS, p.rec.Interface, addressList(p.rec.IPv4, p.rec.IPv6))
+			return nil, status.Errorf(codes.AlreadyExists, "pod %s is attached with other values: netns %s, interface %s, kind %s, addresses %s: detach it first",
+				r.name, p.rec.NetNS, p.rec.Interface, p.rec.kind(), addressList(p.rec.IPv4, p.rec.IPv6))
 		} else if p.port != nil {
 			return a.podMessage(p), nil
 		} else {
@@ -89,7 +93,7 @@ func (a *Agent) attach(r podRequest) (*controlv1.Pod, error) {
 	}
 	_, mtu := a.mtus()
 	p := &pod{slot: slot, rec: PodRecord{
-		Name: r.name, NetNS: r.netns, Interface: r.ifname, IPv4: r.a4, IPv6: r.a6,
+		Name: r.name, NetNS: r.netns, Interface: r.ifname, Kind: cmp.Or(r.kind, a.cfg.PodPort, KindTAP), IPv4: r.a4, IPv6: r.a6,
 		MAC: formatMAC(podMAC(a.cfg.NodeName, r.name)), AttachedAt: time.Now().UTC().Truncate(time.Second), Pending: true,
 	}}
 	p.dev = p.rec.device(mtu)
@@ -117,7 +121,7 @@ func (a *Agent) attach(r podRequest) (*controlv1.Pod, error) {
 	if err := a.savePods(); err != nil {
 		return nil, undo(codes.Unavailable, "%v", err)
 	}
-	a.log.Info("pod attached", "pod", r.name, "netns", r.netns, "ipv4", r.a4, "ipv6", r.a6)
+	a.log.Info("pod attached", "pod", r.name, "netns", r.netns, "kind", p.rec.kind(), "ipv4", r.a4, "ipv6", r.a6)
 	return a.podMessage(p), nil
 }
 
@@ -233,8 +237,17 @@ func (a *Agent) podGone(ctx context.Context, name string) {
 	})
 }
 
-// buryDead removes pods whose device was deleted while their namespace lives, which no watcher of namespaces sees: the descriptors tell.
+// buryDead removes pods whose device was deleted while their namespace lives, which no watcher of namespaces sees: the descriptors tell. A
+// host port, or a device that stands for the uplink, that was deleted is made again.
 func (a *Agent) buryDead() {
+	if d, ok := a.uplink.Port.(interface{ Dead() bool }); ok && d.Dead() {
+		a.restart(fmt.Sprintf("the device that uplink %s is driven through was deleted", a.facts.Name))
+		return
+	}
+	if d, ok := a.host.(interface{ Dead() bool }); ok && d.Dead() {
+		a.restart(fmt.Sprintf("the host port %s was deleted", a.cfg.HostPort))
+		return
+	}
 	for _, p := range a.pods {
 		if d, ok := p.port.(interface{ Dead() bool }); ok && d.Dead() && !a.plat.PodAlive(p.dev) {
 			a.forget(p, "its device was deleted")
@@ -242,10 +255,12 @@ func (a *Agent) buryDead() {
 	}
 }
 
+func (p *PodRecord) kind() string { return cmp.Or(p.Kind, KindTAP) }
+
 func (p *PodRecord) device(mtu int) PodDevice {
 	mac, _ := parseMAC(p.MAC) // checked when it was read or made
 	return PodDevice{
-		Pod: p.Name, NetNS: p.NetNS, NetNSID: p.NetNSID, Interface: p.Interface,
+		Pod: p.Name, Kind: p.kind(), NetNS: p.NetNS, NetNSID: p.NetNSID, Interface: p.Interface,
 		MAC: mac, Addr4: p.IPv4, Addr6: p.IPv6, MTU: mtu,
 	}
 }

@@ -61,6 +61,7 @@ func Build(in Input) Built {
 	node4, node6 := primaryAddresses(in.Facts, in.Node4, in.Node6)
 	snap.Node4, snap.Node6 = packet.AddrFrom(node4), packet.AddrFrom(node6)
 	if in.state != nil {
+		b.fib.Grow(len(in.state.routes)+2*len(in.state.members)+2*len(in.Pods)+len(in.Facts.Addresses)+2, len(in.state.members)+len(in.Pods)+4)
 		snap.NoSNAT = in.state.noSNAT
 		for _, p := range in.state.pools {
 			if err := b.fib.AddPool(p.cidr, p.bits); err != nil {
@@ -177,6 +178,7 @@ func (b *builder) desired() {
 	for i := range d.members {
 		if d.members[i].name == b.in.Node {
 			own = i
+			b.checkOwn(&d.members[i])
 			continue
 		}
 		if b.in.Routed {
@@ -222,6 +224,19 @@ func (b *builder) desired() {
 	}
 }
 
+// checkOwn compares what the cluster believes of this node with what it is: other nodes send to what the cluster believes.
+func (b *builder) checkOwn(m *member) {
+	f := &b.in.Facts
+	if !b.in.Routed && m.mac != (packet.MAC{}) && m.mac != f.MAC {
+		b.problem("the desired state has Ethernet address %s for this node, but uplink %s has %s: other nodes cannot reach it", formatMAC(m.mac), f.Name, formatMAC(f.MAC))
+	}
+	for _, a := range []netip.Addr{m.addr4, m.addr6} {
+		if a.IsValid() && !slices.Contains(ownAddresses(*f, b.in.Node4, b.in.Node6), a) {
+			b.problem("the desired state has address %s for this node, but uplink %s has %s", a, f.Name, prefixList(f.Addresses))
+		}
+	}
+}
+
 // directHop is the member's own Ethernet address, which serves both families: one link carries both.
 func (b *builder) directHop(m *member) hop {
 	if !onLink(b.in.Facts, m.addr4) && !onLink(b.in.Facts, m.addr6) {
@@ -237,45 +252,50 @@ func (b *builder) directHop(m *member) hop {
 }
 
 // gatewayHops reaches everything by the gateways. A family without a gateway takes the other's: on a routed underlay it is
-// one fabric, and packets are told apart by their own headers. A gateway whose Ethernet address is unknown keeps its place with the zero address;
-// packets for it are dropped as no_neighbour until it is resolved.
+// one fabric, and packets are told apart by their own headers. While a gateway's Ethernet address is unknown, what it leads to is unreachable, as RFC 1812
+// section 5.3.3 has it for a next hop that does not answer.
 func (b *builder) gatewayHops() hop {
 	f := &b.in.Facts
-	h := hop{ok4: f.Gateway4.IsValid(), ok6: f.Gateway6.IsValid()}
 	mac4, mac6 := f.GatewayMAC4, f.GatewayMAC6
-	if !h.ok4 {
+	if !f.Gateway4.IsValid() {
 		mac4 = mac6
 	}
-	if !h.ok6 {
+	if !f.Gateway6.IsValid() {
 		mac6 = mac4
 	}
-	if !h.ok4 && !h.ok6 {
-		return hop{}
+	var h hop
+	if h.ok4 = mac4 != (packet.MAC{}); h.ok4 {
+		h.via4 = b.toGateway(mac4)
 	}
-	return hop{
-		via4: b.adjacency(mac4, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU), ok4: true,
-		via6: b.adjacency(mac6, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU), ok6: true,
+	if h.ok6 = mac6 != (packet.MAC{}); h.ok6 {
+		h.via6 = b.toGateway(mac6)
 	}
+	return h
+}
+
+func (b *builder) toGateway(mac packet.MAC) uint32 {
+	return b.adjacency(mac, b.in.Facts.MAC, dataplane.UplinkSlot, b.in.UplinkMTU)
 }
 
 // outside is the way out of the cluster, for each family that has a gateway.
 func (b *builder) outside() {
 	f := &b.in.Facts
-	if f.Gateway4.IsValid() {
-		b.add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), fib.Outside, b.adjacency(f.GatewayMAC4, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU))
-	}
-	if f.Gateway6.IsValid() {
-		b.add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), fib.Outside, b.adjacency(f.GatewayMAC6, f.MAC, dataplane.UplinkSlot, b.in.UplinkMTU))
-	}
-	if b.in.Routed {
+	needed := b.in.Routed || b.in.state != nil && b.in.state.noSNAT
+	for _, g := range []struct {
+		gateway netip.Addr
+		mac     packet.MAC
+		all     netip.Addr
+	}{{f.Gateway4, f.GatewayMAC4, netip.IPv4Unspecified()}, {f.Gateway6, f.GatewayMAC6, netip.IPv6Unspecified()}} {
 		switch {
-		case !f.Gateway4.IsValid() && !f.Gateway6.IsValid():
-			b.problem("underlay is routed, but uplink %s has no default route: no other node can be reached", f.Name)
-		case f.Gateway4.IsValid() && f.GatewayMAC4 == (packet.MAC{}):
-			b.problem("gateway %s does not answer ARP on uplink %s", f.Gateway4, f.Name)
-		case f.Gateway6.IsValid() && f.GatewayMAC6 == (packet.MAC{}):
-			b.problem("gateway %s does not answer neighbour solicitations on uplink %s", f.Gateway6, f.Name)
+		case !g.gateway.IsValid():
+		case g.mac != (packet.MAC{}):
+			b.add(netip.PrefixFrom(g.all, 0), fib.Outside, b.toGateway(g.mac))
+		case needed:
+			b.problem("gateway %s does not answer on uplink %s: what it leads to is unreachable", g.gateway, f.Name)
 		}
+	}
+	if b.in.Routed && !f.Gateway4.IsValid() && !f.Gateway6.IsValid() {
+		b.problem("underlay is routed, but uplink %s has no default route: no other node can be reached", f.Name)
 	}
 }
 

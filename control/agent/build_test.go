@@ -82,6 +82,9 @@ func TestBuildGolden(t *testing.T) {
 			s.Members[1].Ipv4, s.Members[1].Ipv6 = "10.250.0.2", "fd00:250::2"
 		}},
 		{"member-without-mac", func(_ *Input, s *controlv1.NodeState) { s.Members[2].Mac = "" }},
+		{"own-entry-wrong", func(_ *Input, s *controlv1.NodeState) {
+			s.Members[0].Mac, s.Members[0].Ipv4 = "02:00:00:00:00:99", "10.240.0.99"
+		}},
 		{"external-snat", func(_ *Input, s *controlv1.NodeState) { s.Snat = &controlv1.SnatRules{Disabled: true} }},
 		{"gateway-unresolved", func(in *Input, _ *controlv1.NodeState) {
 			in.Routed = true
@@ -127,6 +130,7 @@ func TestBuildIsIndependentOfOrder(t *testing.T) {
 func TestBuildSurvivesCollisions(t *testing.T) {
 	state := threeNodes()
 	state.Members[1].Ipv4 = "10.240.0.11" // this node's own
+	state.Members[0].Ipv4 = ""
 	b := Build(testInput(t, state))
 	require.Len(t, b.Problems, 1)
 	require.Contains(t, b.Problems[0], "10.240.0.11/32")
@@ -228,6 +232,7 @@ func BenchmarkBuild(b *testing.B) {
 			d, err := parseDesired(state)
 			require.NoError(b, err)
 			in := Input{Node: "n0", Facts: newFakePlatform().facts, state: d, UplinkMTU: 1500, PodMTU: 1500, Pods: pods}
+			in.Facts.MAC = packet.MAC{2}
 			in.Facts.Addresses = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("fd00:240::1/64")}
 			require.Empty(b, Build(in).Problems)
 			b.ReportAllocs()

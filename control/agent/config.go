@@ -23,8 +23,9 @@ type Config struct {
 	Uplink string `env:"UPLINK" allowed:"the name of an interface, at most 15 characters"`
 
 	// How the uplink is driven. `auto` takes the first rung that can be had; a rung that is named and cannot be had is an error.
-	// `xdp` is whichever of zero-copy and copy mode the driver grants.
-	UplinkMode string `env:"UPLINK_MODE" envDefault:"auto" allowed:"auto, xdp, xdp-zerocopy or xdp-copy (tun and plain are not available in this version)"`
+	// From best to last they are `xdp-zerocopy`, `xdp-copy`, `tun` and `plain`; `xdp` is whichever of the first two the driver grants. docs/reference/ports.md
+	// says what each needs and when to choose it.
+	UplinkMode string `env:"UPLINK_MODE" envDefault:"auto" allowed:"auto, xdp, xdp-zerocopy, xdp-copy, tun or plain"`
 
 	// What the underlay does with pod addresses. `direct`: all nodes are on one link, and frames go to the other node's Ethernet address.
 	// `routed`: the fabric carries routes for the pod CIDRs, and every frame goes to the gateway.
@@ -67,6 +68,17 @@ type Config struct {
 	// Packets the kernel transmits in one system call in copy mode (XDP_MAX_TX_SKB_BUDGET, Linux 6.17). 0: the kernel's own default, 32.
 	TXBudget int `env:"TX_BUDGET" envDefault:"64" allowed:"0, or 32 to 4096 and at most RING_SIZE"`
 
+	// The kind of device a pod gets whose attachment does not name one. `tap` keeps 64 KiB frames whole; `veth` is a veth pair driven through
+	// AF_XDP, for small packets at high rates. Attached pods keep theirs.
+	PodPort string `env:"POD_PORT" envDefault:"tap" allowed:"tap or veth"`
+
+	// Frames of a `veth` pod that wait for their worker, per worker. Each takes 2 KiB of locked memory, 4 KiB when the MTU is above 1778.
+	PodRingSize int `env:"POD_RING_SIZE" envDefault:"512" allowed:"64 to 32768, a power of two"`
+
+	// The cores that do the receiving work of `veth` pods' stacks (RPS), which is otherwise done on the worker's, while it sends. `auto`: all cores but
+	// the workers', if there are any.
+	PodCPUs string `env:"POD_CPUS" envDefault:"auto" allowed:"auto, none, or a list of cores and ranges such as 2-3,6 without repetition"`
+
 	// The device between the data plane and the node's kernel.
 	HostPort string `env:"HOST_PORT" envDefault:"ovp0" allowed:"the name of an interface, at most 15 characters"`
 
@@ -103,6 +115,12 @@ const (
 	ModePlain       = "plain"
 )
 
+// Values of Config.PodPort.
+const (
+	KindTAP  = "tap"
+	KindVeth = "veth"
+)
+
 // Values of Config.Underlay.
 const (
 	UnderlayDirect = "direct"
@@ -117,6 +135,9 @@ const (
 
 // cpuNone is the value of Config.CPUs that leaves workers where the scheduler puts them.
 const cpuNone = "none"
+
+// cpuAuto is the value of Config.PodCPUs that leaves the workers' cores out.
+const cpuAuto = "auto"
 
 // Routed reports whether every frame for another node goes to the gateway.
 func (c *Config) Routed() bool { return c.Underlay == UnderlayRouted }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/caarlos0/env/v11"
 
+	"github.com/overplane/overplane/control/agent/kernel"
 	"github.com/overplane/overplane/control/api"
 )
 
@@ -121,12 +122,15 @@ func (c *Config) check() []problem {
 	} else if c.HostPort == c.Uplink {
 		bad("HostPort", "it is the uplink")
 	}
-	switch c.UplinkMode {
-	case ModeTun, ModePlain:
-		bad("UplinkMode", "the rung %s is not available in this version", c.UplinkMode)
-	default:
-		oneOf("UplinkMode", c.UplinkMode, ModeAuto, ModeXDP, ModeXDPZeroCopy, ModeXDPCopy)
+	if c.Uplink == kernel.UplinkDeviceName || c.HostPort == kernel.UplinkDeviceName {
+		field := "HostPort"
+		if c.Uplink == kernel.UplinkDeviceName {
+			field = "Uplink"
+		}
+		bad(field, "it is the name of the device that stands for the uplink")
 	}
+	oneOf("UplinkMode", c.UplinkMode, ModeAuto, ModeXDP, ModeXDPZeroCopy, ModeXDPCopy, ModeTun, ModePlain)
+	oneOf("PodPort", c.PodPort, KindTAP, KindVeth)
 	oneOf("Underlay", c.Underlay, UnderlayDirect, UnderlayRouted)
 	oneOf("StateSource", c.StateSource, SourceFile, SourceAPI)
 	oneOf("LogLevel", c.LogLevel, "debug", "info", "warn", "error")
@@ -134,6 +138,7 @@ func (c *Config) check() []problem {
 	within("Workers", c.Workers, 0, 64, false)
 	within("Frames", c.Frames, 4096, 524288, true)
 	within("LargeFrames", c.LargeFrames, 8, 8192, false)
+	within("PodRingSize", c.PodRingSize, 64, 32768, true)
 	within("RingSize", c.RingSize, 256, 32768, true)
 	if c.TXBudget != 0 && (c.TXBudget < 32 || c.TXBudget > 4096 || c.TXBudget > c.RingSize) {
 		bad("TXBudget", "")
@@ -163,6 +168,9 @@ func (c *Config) check() []problem {
 	}
 	if a, err := netip.ParseAddr(c.NodeIPv6); c.NodeIPv6 != "" && (err != nil || !a.Is6() || a.Is4In6() || a.Zone() != "" || !a.IsGlobalUnicast()) {
 		bad("NodeIPv6", "")
+	}
+	if _, err := ParseCPUs(c.PodCPUs); err != nil && c.PodCPUs != cpuAuto {
+		bad("PodCPUs", "%v", err)
 	}
 	if cpus, err := ParseCPUs(c.CPUs); err != nil {
 		bad("CPUs", "%v", err)

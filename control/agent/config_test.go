@@ -33,7 +33,7 @@ func TestConfigReportsAllMistakesAtOnce(t *testing.T) {
 		"NODE_NAME": "Node_1", "UPLINK": "a/b", "UPLINK_MODE": "dpdk", "UNDERLAY": "flat", "WORKERS": "many", "CPUS": "3-1",
 		"STATE_SOURCE": "etcd", "STATE_DIR": "var", "SOCKET": "sock", "SOCKET_MODE": "0888", "BPF_DIR": "bpf", "FRAMES": "5000", "LARGE_FRAMES": "1",
 		"RING_SIZE": "1000", "TX_BUDGET": "7", "HOST_PORT": "a name that is too long", "MTU": "100", "NODE_IPV4": "fd00::1", "NODE_IPV6": "10.0.0.1",
-		"HEARTBEAT_LIMIT": "1ms", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
+		"HEARTBEAT_LIMIT": "1ms", "POD_PORT": "macvlan", "POD_RING_SIZE": "500", "POD_CPUS": "many", "LOG_LEVEL": "loud", "LOG_FORMAT": "xml",
 	}
 	var environ []string
 	for name, value := range wrong {
@@ -64,8 +64,11 @@ func TestConfigBounds(t *testing.T) {
 		environ []string
 		reason  string // "": valid
 	}{
-		{"rungs of a later version", []string{"UPLINK_MODE=tun"}, "not available in this version"},
-		{"plain", []string{"UPLINK_MODE=plain"}, "not available in this version"},
+		{"rung tun", []string{"UPLINK_MODE=tun"}, ""},
+		{"rung plain", []string{"UPLINK_MODE=plain"}, ""},
+		{"no such rung", []string{"UPLINK_MODE=ladder"}, "xdp-copy, tun or plain"},
+		{"uplink is the device for it", []string{"UPLINK=ovp-up0"}, "stands for the uplink"},
+		{"host port is that device", []string{"HOST_PORT=ovp-up0"}, "stands for the uplink"},
 		{"frames for the rings", []string{"FRAMES=4096", "RING_SIZE=2048"}, "starve"},
 		{"cores for the workers", []string{"WORKERS=3", "CPUS=0-1"}, "2 cores for 3 workers"},
 		{"cores in ranges", []string{"WORKERS=4", "CPUS=0-1,4,6-8"}, ""},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -57,6 +58,9 @@ func (a *Agent) uplinkChanged(f Facts) {
 		return
 	case a.uplink.Port != nil && f.MTU > a.openMTU:
 		a.restart(fmt.Sprintf("the MTU of uplink %s grew from %d to %d", f.Name, a.openMTU, f.MTU))
+		return
+	case a.uplink.Port != nil && f.Queues != old.Queues && strings.HasPrefix(a.uplink.Rung, ModeXDP):
+		a.restart(fmt.Sprintf("uplink %s has %d receive queues now, not %d", f.Name, f.Queues, old.Queues)) // a socket is bound to each
 		return
 	case f.MTU != old.MTU:
 		a.log.Info("the uplink's MTU changed", "interface", f.Name, "old", old.MTU, "new", f.MTU)

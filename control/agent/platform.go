@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 
+	"github.com/overplane/overplane/control/agent/kernel"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 )
@@ -28,6 +29,7 @@ var ErrPodGone = errors.New("the pod's network namespace or device is gone")
 type Facts struct {
 	Name   string
 	Index  int // of the interface; another index is another interface, whatever its name
+	Kind   kernel.Kind
 	MAC    packet.MAC
 	MTU    int
 	Up     bool // administratively up and with carrier
@@ -47,6 +49,7 @@ type Facts struct {
 // PodDevice names a pod's device and what it is configured with.
 type PodDevice struct {
 	Pod       string // name
+	Kind      string // KindTAP or KindVeth
 	NetNS     string // path of the namespace
 	NetNSID   string // the namespace's identity, since a path may name another one later; empty: whatever the path names
 	Interface string
@@ -69,6 +72,15 @@ type UplinkGrant struct {
 	Port    port.Port
 	Rung    string
 	Refused []Refusal // better rungs, with the reason for each
+	// Capabilities are what was asked of the kernel, whether the rung uses it or not.
+	Capabilities []Capability
+}
+
+// Capability is one thing that some rung makes use of.
+type Capability struct {
+	Name   string
+	Kernel string // the first Linux that has it
+	Reason string // why it is not granted; empty: it is
 }
 
 // Refusal is a rung that was not granted.
@@ -108,9 +120,10 @@ type Platform interface {
 
 	// Pools makes the frame memory of n workers. release gives it back, when nothing uses it any more.
 	Pools(n int) (pools []*port.Pool, release func(), err error)
-	// AttachSteering puts the program on the uplink. It refuses when another program is there.
+	// AttachSteering makes the steering's tables, or adopts those of an earlier daemon, whose program goes on by them.
 	AttachSteering(uplink string, workers int) (Steering, error)
-	// OpenUplink opens the uplink by the best rung allowed; queue q uses the pool of worker q mod len(pools).
+	// OpenUplink opens the uplink by the best rung allowed and has the steering program attached where that rung needs it; queue q uses the pool of worker
+	// q mod len(pools). It refuses when another program is in the way. After an error it may be called again.
 	OpenUplink(f Facts, s Steering, pools []*port.Pool) (UplinkGrant, error)
 
 	// OpenHost creates the host port, or opens and corrects the one that is there.

@@ -26,6 +26,8 @@ type linux struct {
 	cfg Config
 	log *slog.Logger
 
+	podCPUs []int // set by Pools
+
 	mu      sync.Mutex // guards watcher
 	watcher *kernel.Watcher
 }
@@ -52,7 +54,7 @@ func (l *linux) WatchUplink(ctx context.Context, name string, changed func(Facts
 
 func factsOf(u kernel.Uplink) Facts {
 	return Facts{
-		Name: u.Name, Index: u.Index, MAC: macOf(u.MAC), MTU: u.MTU, Up: u.Up, Gone: u.Gone, Queues: u.RxQueues,
+		Name: u.Name, Index: u.Index, Kind: u.Kind, MAC: macOf(u.MAC), MTU: u.MTU, Up: u.Up, Gone: u.Gone, Queues: u.RxQueues,
 		Addresses: u.Addresses, Gateway4: u.Gateway4, Gateway6: u.Gateway6,
 		GatewayMAC4: macOf(u.GatewayMAC4), GatewayMAC6: macOf(u.GatewayMAC6),
 		Primary4: u.IPv4.Addr(), Primary6: u.IPv6.Addr(),
@@ -68,6 +70,10 @@ func macOf(hw net.HardwareAddr) packet.MAC {
 }
 
 func (l *linux) Pools(n int) ([]*port.Pool, func(), error) {
+	var err error
+	if l.podCPUs, err = podCPUs(l.cfg.PodCPUs, l.cfg.CPUs, n); err != nil {
+		return nil, nil, err
+	}
 	var memories []*xdp.Memory
 	release := func() {
 		for _, m := range memories {
@@ -95,70 +101,6 @@ func (l *linux) Pools(n int) ([]*port.Pool, func(), error) {
 	return pools, release, nil
 }
 
-// xdpSteering is the XDP program on the uplink.
-type xdpSteering struct {
-	*xdp.Steering
-	routed bool
-}
-
-func (l *linux) AttachSteering(uplink string, workers int) (Steering, error) {
-	s, err := xdp.AttachSteering(xdp.SteeringConfig{
-		Interface: uplink, PinDir: l.cfg.BPFDir, Workers: workers, Routed: l.cfg.Routed(), HeartbeatLimit: l.cfg.HeartbeatLimit,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("attaching the steering program to uplink %s: %w", uplink, err)
-	}
-	if s.Adopted() {
-		l.log.Info("took over the steering program of an earlier daemon", "interface", uplink, "pins", l.cfg.BPFDir)
-	}
-	return &xdpSteering{Steering: s, routed: l.cfg.Routed()}, nil
-}
-
-func (s *xdpSteering) Apply(p SteeringPlan) error {
-	err := errors.Join(s.SetUplinkMAC(p.UplinkMAC), s.SetPodCIDRs(p.PodCIDRs))
-	if s.routed {
-		if len(p.GatewayMACs) > 1 {
-			err = errors.Join(err, fmt.Errorf("the IPv4 and IPv6 gateways have different Ethernet addresses (%s, %s); frames are accepted from the first alone",
-				formatMAC(p.GatewayMACs[0]), formatMAC(p.GatewayMACs[1])))
-		}
-		var gw packet.MAC
-		if len(p.GatewayMACs) > 0 {
-			gw = p.GatewayMACs[0]
-		}
-		return errors.Join(err, s.SetGatewayMAC(gw))
-	}
-	macs := make([][6]byte, len(p.Members))
-	for i, m := range p.Members {
-		macs[i] = m
-	}
-	return errors.Join(err, s.SetMembers(macs))
-}
-
-func (l *linux) OpenUplink(f Facts, s Steering, pools []*port.Pool) (UplinkGrant, error) {
-	mode := xdp.Auto
-	switch l.cfg.UplinkMode {
-	case ModeXDPZeroCopy:
-		mode = xdp.ZeroCopy
-	case ModeXDPCopy:
-		mode = xdp.Copy
-	}
-	cfg := xdp.Config{Interface: f.Name, Pools: pools, RingSize: l.cfg.RingSize, Mode: mode, TxBudget: l.cfg.TXBudget, MTU: f.MTU}
-	if xs, ok := s.(*xdpSteering); ok {
-		cfg.Steering = xs.Steering
-	}
-	p, err := xdp.Open(cfg)
-	if err != nil {
-		return UplinkGrant{}, fmt.Errorf("opening uplink %s (%sUPLINK_MODE=%s): %w", f.Name, EnvPrefix, l.cfg.UplinkMode, err)
-	}
-	grant := UplinkGrant{Port: p, Rung: p.Granted()}
-	if why := p.WhyNotMore(); why != nil && !p.ZeroCopy() {
-		grant.Refused = append(grant.Refused, Refusal{Rung: ModeXDPZeroCopy, Reason: why.Error()})
-	} else if mode == xdp.Copy && !p.ZeroCopy() {
-		grant.Refused = append(grant.Refused, Refusal{Rung: ModeXDPZeroCopy, Reason: "not asked for: " + EnvPrefix + "UPLINK_MODE=" + ModeXDPCopy})
-	}
-	return grant, nil
-}
-
 func (l *linux) hostPort(d HostDevice) kernel.HostPort {
 	return kernel.HostPort{
 		Name: d.Name, MAC: hardware(HostMAC), MTU: d.MTU, GatewayMAC: hardware(GatewayMAC), PodCIDRs: d.PodCIDRs, HostIPv4: d.Node4, HostIPv6: d.Node6,
@@ -166,7 +108,9 @@ func (l *linux) hostPort(d HostDevice) kernel.HostPort {
 }
 
 func (l *linux) OpenHost(d HostDevice, pools []*port.Pool) (port.Port, error) {
-	p, err := kernel.AttachHostPort(l.hostPort(d), tap.Config{Name: d.Name, Pools: pools, Persist: true})
+	p, err := withHeader(tap.Config{Name: d.Name, Pools: pools, Persist: true}, func(cfg tap.Config) (*tap.Port, error) {
+		return kernel.AttachHostPort(l.hostPort(d), cfg)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("host port (%sHOST_PORT): %w", EnvPrefix, err)
 	}
@@ -176,10 +120,14 @@ func (l *linux) OpenHost(d HostDevice, pools []*port.Pool) (port.Port, error) {
 func (l *linux) SetHost(d HostDevice) error { return kernel.SetHostPort(l.hostPort(d)) }
 
 func podDevice(d PodDevice) kernel.PodDevice {
-	return kernel.PodDevice{
+	out := kernel.PodDevice{
 		NetNS: d.NetNS, Name: d.Interface, IPv4: d.Addr4, IPv6: d.Addr6, MAC: hardware(d.MAC), MTU: d.MTU,
 		Gateway4: Gateway4, Gateway6: Gateway6, GatewayMAC: hardware(GatewayMAC),
 	}
+	if d.Kind == KindVeth {
+		out.Host = vethHost(d.Pod)
+	}
+	return out
 }
 
 func podTAP(d PodDevice, pools []*port.Pool) tap.Config {
@@ -193,7 +141,7 @@ func (l *linux) CreatePod(d PodDevice, pools []*port.Pool) (port.Port, string, e
 	if err != nil {
 		return nil, "", gone(err)
 	}
-	p, err := kernel.AttachTAP(podDevice(d), podTAP(d, pools))
+	p, err := l.attachPod(d, pools)
 	if err != nil {
 		return nil, "", gone(err)
 	}
@@ -218,7 +166,7 @@ func (l *linux) ReopenPod(d PodDevice, pools []*port.Pool) (port.Port, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := kernel.ReopenTAP(podDevice(d), podTAP(d, pools))
+	p, err := l.reopenPod(d, pools)
 	if err != nil {
 		return nil, gone(err)
 	}
@@ -232,6 +180,9 @@ func (l *linux) RemovePod(d PodDevice) error {
 		l.watcher.Remove(d.Pod)
 	}
 	l.mu.Unlock()
+	if d.Kind == KindVeth {
+		return kernel.RemoveVeth(vethHost(d.Pod)) // ours whatever became of the namespace
+	}
 	if _, err := sameNetNS(d); errors.Is(err, ErrPodGone) {
 		return nil // the device went with its namespace; what the path names now is somebody else's
 	}
@@ -280,7 +231,7 @@ func gone(err error) error {
 }
 
 func (l *linux) Uninstall() error {
-	return errors.Join(xdp.Uninstall(l.cfg.BPFDir), kernel.RemoveHostPort(l.cfg.HostPort))
+	return errors.Join(xdp.Uninstall(l.cfg.BPFDir), kernel.Classifier{}.DetachAll(xdp.TCPrograms()...), kernel.RemoveUplinkDevice(), kernel.RemoveHostPort(l.cfg.HostPort))
 }
 
 // Uninstall removes all that outlives the daemon: pods' devices, the steering program with its pins, the host port with its routes, and what

@@ -18,6 +18,7 @@ type PodRecord struct {
 	NetNS      string     `json:"netns"`
 	NetNSID    string     `json:"netns_id,omitempty"`
 	Interface  string     `json:"interface"`
+	Kind       string     `json:"kind,omitempty"` // of the device: KindTAP or KindVeth; empty, as older daemons wrote it: a TAP
 	IPv4       netip.Addr `json:"ipv4,omitzero"`
 	IPv6       netip.Addr `json:"ipv6,omitzero"`
 	MAC        string     `json:"mac"`
@@ -81,6 +82,9 @@ func (p *PodRecord) check() error {
 	}
 	if !p.IPv4.IsValid() && !p.IPv6.IsValid() {
 		return errors.New("no address")
+	}
+	if p.Kind != "" && p.Kind != KindTAP && p.Kind != KindVeth {
+		return fmt.Errorf("kind of port %q: want %s or %s", p.Kind, KindTAP, KindVeth)
 	}
 	_, err := parseMAC(p.MAC)
 	return err

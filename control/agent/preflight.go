@@ -18,7 +18,6 @@ var neededCapabilities = []struct {
 	why  string
 }{
 	{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN", "to make devices and routes"},
-	{unix.CAP_NET_RAW, "CAP_NET_RAW", "to open AF_XDP sockets"},
 	{unix.CAP_BPF, "CAP_BPF", "to load the steering program"},
 	{unix.CAP_SYS_ADMIN, "CAP_SYS_ADMIN", "to enter the pods' network namespaces"},
 }
@@ -33,7 +32,18 @@ func preflight(cfg *Config, frameMemory uint64) error {
 		errs = append(errs, err)
 	} else {
 		errs = append(errs, checkCapabilities(caps)...)
-		if caps&(1<<unix.CAP_IPC_LOCK) == 0 {
+		// What is left to the ladder is left to the ladder: other rungs do without AF_XDP.
+		need := ""
+		switch {
+		case strings.HasPrefix(cfg.UplinkMode, ModeXDP):
+			need = "UPLINK_MODE=" + cfg.UplinkMode
+		case cfg.PodPort == KindVeth:
+			need = "POD_PORT=veth"
+		}
+		if need != "" && caps&(1<<unix.CAP_NET_RAW) == 0 {
+			errs = append(errs, missingCapability("CAP_NET_RAW", "to open AF_XDP sockets for "+EnvPrefix+need))
+		}
+		if sockets := need != "" || cfg.UplinkMode == ModeAuto; sockets && caps&(1<<unix.CAP_IPC_LOCK) == 0 {
 			if err := checkMemlock(frameMemory); err != nil {
 				errs = append(errs, err)
 			}
@@ -47,10 +57,14 @@ func checkCapabilities(caps uint64) []error {
 	var errs []error
 	for _, c := range neededCapabilities {
 		if caps&(1<<c.bit) == 0 {
-			errs = append(errs, fmt.Errorf("missing capability %s, needed %s: run as root, or grant it (AmbientCapabilities= in the unit)", c.name, c.why))
+			errs = append(errs, missingCapability(c.name, c.why))
 		}
 	}
 	return errs
+}
+
+func missingCapability(name, why string) error {
+	return fmt.Errorf("missing capability %s, needed %s: run as root, or grant it (AmbientCapabilities= in the unit)", name, why)
 }
 
 // effectiveCapabilities reads the effective set from proc_pid_status(5).

@@ -37,12 +37,23 @@ type machine struct {
 	dir string
 }
 
+// buildDir holds the binary under test, once it was built.
+var buildDir string
+
+func TestMain(m *testing.M) {
+	status := m.Run()
+	if buildDir != "" {
+		_ = os.RemoveAll(buildDir)
+	}
+	os.Exit(status)
+}
+
 var buildDaemon = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "ovpagt")
-	if err != nil {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "ovpagt"); err != nil {
 		return "", err
 	}
-	bin := filepath.Join(dir, "overplaned")
+	bin := filepath.Join(buildDir, "overplaned")
 	out, err := exec.Command("go", "build", "-o", bin, "../../cmd/overplaned").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("go build: %w: %s", err, out)
@@ -283,7 +294,9 @@ func (d *daemon) eventually(what string, f func(*controlv1.GetStatusResponse) bo
 	d.m.t.Fatalf("%s: problems are %q\n%s", what, last.GetProblems(), d.log)
 }
 
-func ready(s *controlv1.GetStatusResponse) bool { return s.GetReady() }
+type statusResponse = controlv1.GetStatusResponse
+
+func ready(s *statusResponse) bool { return s.GetReady() }
 
 // pair starts both nodes with a pod each.
 func pair(t *testing.T) (*machine, *daemon, *daemon) {

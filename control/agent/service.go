@@ -236,7 +236,7 @@ func (a *Agent) stateVersion() *controlv1.Version { return a.rawState().GetVersi
 func (a *Agent) podMessage(p *pod) *controlv1.Pod {
 	m := &controlv1.Pod{
 		Name: p.rec.Name, Netns: p.rec.NetNS, Interface: p.rec.Interface, Mac: p.rec.MAC,
-		GatewayMac: formatMAC(GatewayMAC), Mtu: uint32(p.dev.MTU), Kind: "tap",
+		GatewayMac: formatMAC(GatewayMAC), Mtu: uint32(p.dev.MTU), Kind: p.rec.kind(),
 		State: controlv1.PodState_POD_STATE_READY, AttachedAt: timestamppb.New(p.rec.AttachedAt),
 	}
 	text := func(addr, gateway netip.Addr) (string, string) {

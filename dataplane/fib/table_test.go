@@ -357,6 +357,21 @@ func TestBuilderGoesOn(t *testing.T) {
 	require.Equal(t, Unreachable, lookup(before, netip.MustParseAddr("1.1.1.1")).Kind())
 }
 
+// TestGrowKeepsWhatIsThere: making room changes no answer, whenever it is made.
+func TestGrowKeepsWhatIsThere(t *testing.T) {
+	b := NewBuilder()
+	b.Grow(10, 10)
+	i, err := b.AddAdjacency(Adjacency{Port: 7})
+	require.NoError(t, err)
+	require.NoError(t, b.Add(pfx("10.0.0.0/8"), MakeEntry(Host, i)))
+	b.Grow(100, 100)
+	again, err := b.AddAdjacency(Adjacency{Port: 7})
+	require.NoError(t, err)
+	require.Equal(t, i, again)
+	require.Error(t, b.Add(pfx("10.0.0.0/8"), MakeEntry(Host, i)))
+	require.Equal(t, MakeEntry(Host, i), b.Build().Lookup4(10<<24))
+}
+
 func TestLookupAllocatesNothing(t *testing.T) {
 	table := cluster(t)
 	var sink Entry

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/overplane/overplane/dataplane/drop"
+	"github.com/overplane/overplane/test/captures"
 )
 
 var (
@@ -253,6 +254,7 @@ func TestEchoReply(t *testing.T) {
 
 // FuzzNeighbour: no input makes the answers panic or be malformed.
 func FuzzNeighbour(f *testing.F) {
+	captures.Each(func(b []byte) { f.Add(b) })
 	f.Add(testARP(1, testSrcMAC, testSrc4, gateway4))
 	f.Add(solicitation(testAddr("fe80::55"), probeGroup, gateway6, []byte{1, 1, 2, 0, 0, 0, 0, 0x55}, nil))
 	f.Add(finishL4(ip4{proto: ProtoICMP, dst: gateway4}.frame(testICMP(8, 0, 1, 2, 3, 4))))

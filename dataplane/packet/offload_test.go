@@ -8,6 +8,7 @@ import (
 
 	"github.com/overplane/overplane/dataplane/drop"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/test/captures"
 )
 
 func TestOffloadIsPortsOffload(t *testing.T) {
@@ -218,6 +219,9 @@ func TestFinishChecksumUDPZero(t *testing.T) {
 
 // FuzzCheckOffload: whatever the metadata says, what passes can be finished or cut, and comes out right.
 func FuzzCheckOffload(f *testing.F) {
+	captures.Each(func(b []byte) {
+		f.Add(b, uint16(100), uint8(1), uint8(0), uint16(54), uint16(100), uint16(34), uint16(16))
+	})
 	for _, g := range []gsoSpec{
 		{ttl: 64, host: 1, seq: 1, flags: tcpACK, options: tcpTimestamps},
 		{ttl: 64, host: 1, seq: 1, flags: tcpACK, v6: true, extra: []byte{0, 1, 4, 0, 0, 0, 0}},

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/overplane/overplane/dataplane/drop"
+	"github.com/overplane/overplane/test/captures"
 )
 
 // parseDirty parses into a Packet full of garbage, as a reused one may be.
@@ -94,6 +95,7 @@ func TestParseTruncations(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
+	captures.Each(func(b []byte) { f.Add(b, uint16(0), false) })
 	for _, c := range parseCases() {
 		if len(c.frame) > 4000 {
 			continue

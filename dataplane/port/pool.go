@@ -7,8 +7,11 @@ import (
 
 // Sizes of a pool's two kinds of buffers.
 const (
-	// Headroom is left free in front of a newly allocated frame's first byte. AF_XDP leaves as much (XDP_PACKET_HEADROOM).
+	// Headroom is the most that is left free in front of a newly allocated frame's first byte. AF_XDP leaves as much (XDP_PACKET_HEADROOM).
 	Headroom = 256
+	// stagger is how far the starts of neighbouring chunks' frames are apart within their chunks, and staggers how many there are. If all headers lay at
+	// the same offset of a power of two, a batch of them would compete for two sets of the first-level cache.
+	stagger, staggers = 64, 4
 	// LargeSize is the size of a large buffer: the payload of a GSO frame, of which the first chunk holds the headers.
 	LargeSize = 64 << 10
 )
@@ -70,7 +73,8 @@ func (p *Pool) Memory() []byte { return p.mem }
 // Config is the configuration the pool was made with.
 func (p *Pool) Config() PoolConfig { return p.cfg }
 
-// Alloc takes a chunk. The frame starts Headroom bytes into it and has length 0; MaxLen says how far it may grow.
+// Alloc takes a chunk. The frame starts up to Headroom bytes into it, at least 64, and has length 0; MaxLen says how far it may grow: at least
+// ChunkSize - Headroom bytes.
 func (p *Pool) Alloc() (Frame, bool) {
 	n := len(p.chunks) - 1
 	if n < 0 {
@@ -78,7 +82,7 @@ func (p *Pool) Alloc() (Frame, bool) {
 	}
 	off := p.chunks[n]
 	p.chunks = p.chunks[:n]
-	return Frame{Off: off + Headroom}, true
+	return Frame{Off: off + stagger + off>>p.shift%staggers*stagger}, true
 }
 
 // AllocLarge takes a large buffer, LargeSize bytes from its first byte, with length 0.

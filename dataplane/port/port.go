@@ -54,10 +54,10 @@ type Queue interface {
 	FD() int
 }
 
-// Flusher is implemented by queues that need a kick once a batch: the worker calls Flush after the last Transmit of a poll, and on polls
-// without any while frames are outstanding.
+// Flusher is implemented by queues that need a kick once a batch: the worker calls Flush after the last Transmit of a poll, and on every
+// further poll while it reports that frames are outstanding.
 type Flusher interface {
-	Flush()
+	Flush() (outstanding bool)
 }
 
 // MaxChain is the most frames one packet may consist of.

@@ -84,7 +84,7 @@ var external = map[string][]string{
 	"dataplane/fib":      {"github.com/gaissmai/bart"},
 	"dataplane/port":     {},
 	"dataplane/port/mem": {"github.com/google/gopacket"},
-	"dataplane/port/tap": {"golang.org/x/sys/unix"},
+	"dataplane/port/tap": {"golang.org/x/sys/unix", "github.com/songgao/water"},
 	"dataplane/port/xdp": {"golang.org/x/sys/unix", "github.com/cilium/ebpf"},
 }
 

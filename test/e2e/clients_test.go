@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os/exec"
 	"regexp"
@@ -104,24 +105,32 @@ func TestRealClients(t *testing.T) {
 	})
 	t.Run("tcpdump", func(t *testing.T) {
 		eachFamily(t, func(t *testing.T, family int) {
-			dump := exec.CommandContext(testContext(t), tool(t, "tcpdump"), "-l", "-n", "-e", "-i", n2.Name(), "-c", "2", "icmp or icmp6[icmp6type] >= 128 and icmp6[icmp6type] <= 129")
+			dump := exec.CommandContext(testContext(t), tool(t, "tcpdump"), "-l", "-n", "-e", "-i", n2.Name(), "-c", "2",
+				map[int]string{4: "icmp", 6: "icmp6 and (ip6[40] == 128 or ip6[40] == 129)"}[family]) // echo request and reply
 			var errs strings.Builder
 			stdout, err := dump.StdoutPipe()
 			require.NoError(t, err)
 			dump.Stderr = &errs
 			require.NoError(t, lab.InNetns(l.Gateway(), dump.Start))
 			t.Cleanup(func() { _ = dump.Process.Kill() })
-			time.Sleep(500 * time.Millisecond) // tcpdump says on stderr when it listens, but it says so too early
-			requirePing(t, from, to, family)
-			out := new(strings.Builder)
-			timer := time.AfterFunc(5*time.Second, func() { _ = dump.Process.Kill() })
-			for lines := bufio.NewScanner(stdout); lines.Scan(); {
-				out.WriteString(lines.Text() + "\n")
+			captured := make(chan string)
+			go func() {
+				out, _ := io.ReadAll(stdout)
+				captured <- string(out)
+			}()
+			// tcpdump says that it listens before it does: ping until it has seen enough.
+			var out string
+			for begin := time.Now(); out == "" && time.Since(begin) < 20*time.Second; {
+				requirePing(t, from, to, family)
+				select {
+				case out = <-captured:
+				case <-time.After(100 * time.Millisecond):
+				}
 			}
-			timer.Stop()
+			_ = dump.Process.Kill()
 			_ = dump.Wait()
-			require.Contains(t, out.String(), fmt.Sprintf("%v > %v", from.Addr(family), to.Addr(family)), errs.String())
-			require.Contains(t, out.String(), n1.MAC+" > "+n2.MAC)
+			require.Contains(t, out, fmt.Sprintf("%v > %v", from.Addr(family), to.Addr(family)), errs.String())
+			require.Contains(t, out, n1.MAC+" > "+n2.MAC)
 		})
 	})
 }

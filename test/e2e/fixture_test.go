@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"debug/buildinfo"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -9,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +30,10 @@ var families = []int{4, 6}
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	if len(os.Args) > 3 && os.Args[1] == denyArgument {
+		fmt.Fprintln(os.Stderr, denyAndExec(os.Args[2:]))
+		return 1
+	}
 	flag.Parse()
 	if lab.CheckRoot() != nil {
 		return m.Run() // every test skips
@@ -67,6 +74,7 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	}
 	require.True(t, strings.HasPrefix(o.Name, "ovpt"), "a lab of the tests must not be a user's")
 	o.Binaries = binaries
+	cellDefaults(&o)
 	require.NoError(t, lab.Down(o.Name), "removing what an earlier run left")
 	t.Cleanup(func() {
 		require.NoError(t, lab.Down(o.Name))
@@ -77,6 +85,13 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	l, err := lab.Up(testContext(t), o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
+		for _, n := range l.Nodes {
+			log, err := os.ReadFile(n.LogPath())
+			require.NoError(t, err)
+			for _, bad := range []string{"DATA RACE", "panic:", "fatal error:", "SIGSEGV"} {
+				require.NotContains(t, string(log), bad, "log of %s", n.Name())
+			}
+		}
 		if t.Failed() {
 			for _, n := range l.Nodes {
 				t.Logf("log of %s:\n%s", n.Name(), n.LogTail(15))
@@ -227,6 +242,14 @@ func statusField(t *testing.T, pid int, name string) int {
 	}
 	t.Fatalf("no %s in /proc/%d/status", name, pid)
 	return 0
+}
+
+// builtWithRaceDetector tells from the daemon's build settings.
+func builtWithRaceDetector(t *testing.T) bool {
+	t.Helper()
+	info, err := buildinfo.ReadFile(filepath.Join(binaries, "overplaned"))
+	require.NoError(t, err)
+	return slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "-race" && s.Value == "true" })
 }
 
 // workersPossible skips what needs more workers than cores are worth trying.

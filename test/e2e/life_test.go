@@ -16,17 +16,19 @@ import (
 // A daemon that is away must not take the node's own traffic with it, and one that comes back must find its pods.
 func TestDaemonAwayAndBack(t *testing.T) {
 	for _, c := range []struct {
-		name      string
-		away      func(*lab.Node) error
-		back      func(*testing.T, *lab.Node) error
-		answering bool // the API answers while it is away
+		name    string
+		workers int
+		away    func(*lab.Node) error
+		back    func(*testing.T, *lab.Node) error
 	}{
-		{"killed", (*lab.Node).Kill, start, false},
-		{"stopped", (*lab.Node).Stop, start, false},
-		{"hung", func(n *lab.Node) error { return n.Signal(unix.SIGSTOP) }, func(_ *testing.T, n *lab.Node) error { return n.Signal(unix.SIGCONT) }, false},
+		{"killed", 1, (*lab.Node).Kill, start},
+		{"killed_2_workers", 2, (*lab.Node).Kill, start},
+		{"stopped", 1, (*lab.Node).Stop, start},
+		{"hung", 1, func(n *lab.Node) error { return n.Signal(unix.SIGSTOP) }, func(_ *testing.T, n *lab.Node) error { return n.Signal(unix.SIGCONT) }},
+		{"hung_2_workers", 2, func(n *lab.Node) error { return n.Signal(unix.SIGSTOP) }, func(_ *testing.T, n *lab.Node) error { return n.Signal(unix.SIGCONT) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			l := newLab(t, lab.Options{Nodes: 2, Pods: 2})
+			l := newLab(t, lab.Options{Nodes: 2, Pods: 2, Workers: c.workers})
 			n1, n2 := l.Nodes[0], l.Nodes[1]
 			var nodeFlows, podFlows []*flow
 			for _, family := range families {
@@ -61,6 +63,25 @@ func TestDaemonAwayAndBack(t *testing.T) {
 			requireReachable(t, n2.End(), n2.Pods[0].End())
 		})
 	}
+}
+
+// Bytes on their way when both daemons crash, one after the other, arrive.
+func TestTransferSurvivesCrashes(t *testing.T) {
+	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
+	eachFamily(t, func(t *testing.T, family int) {
+		done := make(chan error, 1)
+		go func() {
+			_, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), l.Nodes[1].Pods[0].End(), family, 256<<20)
+			done <- err
+		}()
+		for _, n := range l.Nodes {
+			time.Sleep(200 * time.Millisecond)
+			require.Empty(t, done, "the transfer ended before the crash")
+			require.NoError(t, n.Kill())
+			require.NoError(t, n.Start(testContext(t)))
+		}
+		require.NoError(t, <-done)
+	})
 }
 
 func start(t *testing.T, n *lab.Node) error { return n.Start(testContext(t)) }

@@ -36,6 +36,9 @@ func TestResourcesOfAFullNode(t *testing.T) {
 	requireReachable(t, n1.Pods[137].End(), n1.End())
 
 	t.Run("memory", func(t *testing.T) {
+		if builtWithRaceDetector(t) {
+			t.Skip("the race detector multiplies memory")
+		}
 		frameKiB := 0
 		for _, w := range status(t, n1).Workers {
 			frameKiB += (int(w.FramesTotal)*chunkBytes + int(w.LargeTotal)*largeBytes) >> 10

@@ -83,7 +83,7 @@ func (p *Pod) Attach(ctx context.Context) (*controlv1.Pod, error) {
 	err := p.node.Call(ctx, func(ctx context.Context, c controlv1.LocalServiceClient) (err error) {
 		r, err = c.AttachPod(ctx, &controlv1.AttachPodRequest{
 			Name: p.Name(), Netns: NetnsPath(p.Netns()),
-			Ipv4: p.IPv4().String(), Ipv6: p.IPv6().String(),
+			Ipv4: p.IPv4().String(), Ipv6: p.IPv6().String(), Kind: p.Kind,
 		})
 		return err
 	})

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -51,8 +52,8 @@ func optionFlags(c *cobra.Command, o *Options) {
 	f := c.Flags()
 	f.IntVar(&o.Nodes, "nodes", 3, "nodes")
 	f.IntVar(&o.Pods, "pods", 2, "pods on each node")
-	f.StringVar(&o.Uplink, "uplink", "auto", "how the uplinks are driven: auto, xdp, xdp-copy (tun and plain: not available in this version)")
-	f.StringVar(&o.PodPort, "pod-port", "tap", "kind of the pods' ports: tap (veth: not available in this version)")
+	f.StringVar(&o.Uplink, "uplink", "auto", "how the uplinks are driven: "+strings.Join(uplinkModes, ", "))
+	f.StringVar(&o.PodPort, "pod-port", "tap", "kind of the pods' ports: tap or veth")
 	f.IntVar(&o.Workers, "workers", 1, "forwarding threads of each daemon, and queues of its uplink")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay")
 	f.IntVar(&o.IPForward, "ip-forward", 0, "the kernel's ip_forward in the nodes, both families: 0 or 1")
@@ -60,8 +61,10 @@ func optionFlags(c *cobra.Command, o *Options) {
 	f.StringArrayVar(&o.Env, "env", nil, "a further setting of every daemon, OVERPLANE_X=value (repeatable)")
 }
 
-// interruptible is a context that ends at Ctrl-C or SIGTERM.
+// interruptible is a context that ends at Ctrl-C or SIGTERM. From here on the process also survives that nobody reads its output any more
+// (`overplane lab run | head`): what was made must be taken down.
 func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // not Ignore: children would inherit that
 	ctx := c.Context()
 	if ctx == nil {
 		ctx = context.Background()
@@ -174,9 +177,10 @@ func (l *Lab) Exec(where string, argv []string) error {
 	}
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	// The terminal sends Ctrl-C to the command as well; the command decides what it means.
-	signal.Ignore(os.Interrupt)
-	defer signal.Reset(os.Interrupt)
+	// The terminal sends Ctrl-C to the command as well; the command decides what it means. It must not inherit that we ignore it.
+	interrupts := make(chan os.Signal, 1)
+	signal.Notify(interrupts, os.Interrupt)
+	defer signal.Stop(interrupts)
 	if err := InNetns(ns, cmd.Start); err != nil {
 		return err
 	}
@@ -214,12 +218,18 @@ func (l *Lab) netns(where string) (string, error) {
 }
 
 func execCommand(name *string) *cobra.Command {
-	return &cobra.Command{
+	c := &cobra.Command{
 		Use: "exec n1|n1-p1|ext|gw -- COMMAND...", Short: "Execute a command in a node, a pod, outside, or on the underlay",
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := CheckRoot(); err != nil {
 				return err
+			}
+			if args[1] == "--" {
+				args = append(args[:1:1], args[2:]...)
+			}
+			if len(args) < 2 {
+				return errors.New("no command")
 			}
 			l, err := Load(*name)
 			if err != nil {
@@ -228,6 +238,9 @@ func execCommand(name *string) *cobra.Command {
 			return l.Exec(args[0], args[1:])
 		},
 	}
+	// What follows the name belongs to the command, flags included, with and without "--".
+	c.Flags().SetInterspersed(false)
+	return c
 }
 
 func nodeCommand(name *string) *cobra.Command {

@@ -36,6 +36,7 @@ func (n *Node) settings() []string {
 		"OVERPLANE_NODE_NAME=" + n.Name(),
 		"OVERPLANE_UPLINK=" + uplinkName,
 		"OVERPLANE_UPLINK_MODE=" + o.Uplink,
+		"OVERPLANE_POD_PORT=" + o.PodPort,
 		"OVERPLANE_WORKERS=" + strconv.Itoa(o.Workers),
 		"OVERPLANE_CPUS=" + workerCPUs(n.Number, o.Workers),
 		"OVERPLANE_STATE_SOURCE=file",

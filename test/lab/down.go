@@ -64,8 +64,8 @@ func down(name string) error {
 		errs = append(errs, deleteNetns(ns))
 	}
 	errs = append(errs, removePins(name))
-	if mountedBPF {
-		// Whoever else uses it by now keeps it.
+	if pins, err := os.ReadDir(bpffsPath); mountedBPF && err == nil && len(pins) == 0 {
+		// Pins would go with the mount, and do not keep it busy: whoever else has some by now keeps it.
 		if err := unix.Unmount(bpffsPath, 0); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EINVAL) {
 			errs = append(errs, fmt.Errorf("%s: unmount: %w", bpffsPath, err))
 		}

@@ -61,6 +61,8 @@ type Node struct {
 type Pod struct {
 	Number int `json:"number"` // p1 is 1
 	Index  int `json:"index"`  // within the node's blocks
+	// Kind of the pod's port, "tap" or "veth"; empty: what Options.PodPort says.
+	Kind string `json:"kind,omitempty"`
 
 	node *Node
 }

@@ -17,7 +17,7 @@ type Options struct {
 	Nodes     int    `json:"nodes"`      // 3
 	Pods      int    `json:"pods"`       // pods on each node; zero is none, the command's default is 2
 	Uplink    string `json:"uplink"`     // OVERPLANE_UPLINK_MODE of the daemons; "auto"
-	PodPort   string `json:"pod_port"`   // "tap"
+	PodPort   string `json:"pod_port"`   // OVERPLANE_POD_PORT of the daemons; "tap"
 	Workers   int    `json:"workers"`    // forwarding threads of a daemon and queues of its uplink; 1
 	MTU       int    `json:"mtu"`        // of the underlay; 1500
 	IPForward int    `json:"ip_forward"` // net.ipv4.ip_forward and net.ipv6.conf.all.forwarding in the nodes; 0
@@ -30,6 +30,9 @@ type Options struct {
 	// Log, if set, is told what happens, one line a call.
 	Log func(format string, args ...any) `json:"-"`
 }
+
+// uplinkModes are the values of --uplink: OVERPLANE_UPLINK_MODE's.
+var uplinkModes = []string{"auto", "xdp", "xdp-zerocopy", "xdp-copy", "tun", "plain"}
 
 var labNamePattern = regexp.MustCompile(`^[a-z][a-z0-9]*$`)
 
@@ -58,17 +61,10 @@ func (o *Options) resolve() error {
 	if o.Pods < 0 || o.Pods > maxPodsPerNode {
 		bad("--pods %d: want 0 to %d", o.Pods, maxPodsPerNode)
 	}
-	switch {
-	case slices.Contains([]string{"tun", "plain"}, o.Uplink):
-		bad("--uplink %s: not available in this version; want auto, xdp or xdp-copy", o.Uplink)
-	case !slices.Contains([]string{"auto", "xdp", "xdp-copy"}, o.Uplink):
-		bad("--uplink %q: want auto, xdp, xdp-copy, tun or plain", o.Uplink)
+	if !slices.Contains(uplinkModes, o.Uplink) {
+		bad("--uplink %q: want one of %s", o.Uplink, strings.Join(uplinkModes, ", "))
 	}
-	switch o.PodPort {
-	case "tap":
-	case "veth":
-		bad("--pod-port veth: not available in this version; want tap")
-	default:
+	if o.PodPort != "tap" && o.PodPort != "veth" {
 		bad("--pod-port %q: want tap or veth", o.PodPort)
 	}
 	if o.Workers < 1 || o.Workers > workersLimit {

@@ -226,7 +226,8 @@ func Ping(ctx context.Context, netns string, dst netip.Addr) (lost int, err erro
 	return probeAttempts, err
 }
 
-// Trace lists who answers echo requests with growing hop limits, the destination last. A hop that says nothing is the zero Addr.
+// Trace lists who answers echo requests with growing hop limits, the destination last. A hop that says nothing is the zero Addr; after two
+// of them in a row it gives up.
 func Trace(ctx context.Context, netns string, dst netip.Addr, maxHops int) ([]netip.Addr, error) {
 	p, err := NewPinger(netns, dst)
 	if err != nil {
@@ -257,6 +258,9 @@ func Trace(ctx context.Context, netns string, dst netip.Addr, maxHops int) ([]ne
 		hops = append(hops, hop)
 		if hop == dst {
 			return hops, nil
+		}
+		if n := len(hops); n >= 2 && !hop.IsValid() && !hops[n-2].IsValid() {
+			return hops, ErrNoReply
 		}
 	}
 	return hops, fmt.Errorf("%v is more than %d hops away", dst, maxHops)

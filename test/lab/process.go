@@ -18,7 +18,7 @@ type process struct {
 	start uint64 // field 22 of /proc/<pid>/stat: clock ticks since boot
 }
 
-// findProcess looks a pid up. A zombie is not found.
+// findProcess looks a pid up. A zombie is not found, unless threads of it are still on their way out: they hold its locks and sockets.
 func findProcess(pid int) (process, bool) {
 	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
@@ -28,7 +28,10 @@ func findProcess(pid int) (process, bool) {
 	rest := string(data)
 	rest = rest[strings.LastIndexByte(rest, ')')+1:]
 	fields := strings.Fields(rest)
-	if len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
+	if len(fields) < 20 || fields[0] == "X" {
+		return process{}, false
+	}
+	if threads := fields[17]; fields[0] == "Z" && (threads == "0" || threads == "1") {
 		return process{}, false
 	}
 	start, err := strconv.ParseUint(fields[19], 10, 64)

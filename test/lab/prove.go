@@ -67,6 +67,9 @@ func (l *Lab) remotePair() (a, b *Pod, err error) {
 	return nil, nil, errors.New("there are no pods on two nodes")
 }
 
+// enoughFailures is how many pairs of a proof may fail before the others are not tried any more.
+const enoughFailures = 3
+
 // forPairs runs check for all pairs, a few at a time, and sums up.
 func forPairs(ctx context.Context, pairs []podPair, check func(context.Context, podPair) (lost int, err error)) (string, error) {
 	var (
@@ -76,9 +79,17 @@ func forPairs(ctx context.Context, pairs []podPair, check func(context.Context, 
 		lost int
 	)
 	slots := make(chan struct{}, 8)
+	tried := 0
 	for _, p := range pairs {
-		wg.Add(1)
 		slots <- struct{}{}
+		mu.Lock()
+		enough := len(errs) >= enoughFailures
+		mu.Unlock()
+		if enough {
+			break
+		}
+		tried++
+		wg.Add(1)
 		go func() {
 			defer wg.Done()
 			defer func() { <-slots }()
@@ -92,8 +103,11 @@ func forPairs(ctx context.Context, pairs []podPair, check func(context.Context, 
 		}()
 	}
 	wg.Wait()
-	if len(errs) > 3 {
-		errs = append(errs[:3], fmt.Errorf("and %d more of %d pairs", len(errs)-3, len(pairs)))
+	if n := len(errs); n > enoughFailures {
+		errs = append(errs[:enoughFailures], fmt.Errorf("and %d more", n-enoughFailures))
+	}
+	if tried < len(pairs) {
+		errs = append(errs, fmt.Errorf("%d of %d pairs were not tried", len(pairs)-tried, len(pairs)))
 	}
 	detail := fmt.Sprintf("%d pairs", len(pairs))
 	if lost > 0 {

@@ -39,6 +39,9 @@ func runCommand(name *string) *cobra.Command {
 // Run makes a lab, proves that it works, writes a table to w and takes the lab down, also when ctx ends; keep leaves it up. The error
 // says how many proofs failed.
 func Run(ctx context.Context, o Options, keep bool, w io.Writer) (err error) {
+	if o.Nodes < 2 || o.Pods < 1 {
+		return fmt.Errorf("--nodes %d --pods %d: proofs need at least 2 nodes and 1 pod on each", o.Nodes, o.Pods)
+	}
 	begin := time.Now()
 	l, err := Up(ctx, o)
 	if err != nil {
@@ -102,7 +105,10 @@ func (l *Lab) prove(ctx context.Context) ([]outcome, error) {
 	for _, p := range proofs {
 		oc := outcome{name: p.Name}
 		for i, family := range families {
-			detail, err := p.Check(ctx, l, family)
+			detail, err := "", l.daemonsRun()
+			if err == nil {
+				detail, err = p.Check(ctx, l, family)
+			}
 			if ctx.Err() != nil {
 				return nil, errors.New("interrupted")
 			}
@@ -116,6 +122,16 @@ func (l *Lab) prove(ctx context.Context) ([]outcome, error) {
 		outcomes = append(outcomes, oc)
 	}
 	return outcomes, nil
+}
+
+// daemonsRun says which daemon died. With one dead, proofs would fail one after the other and each take its time.
+func (l *Lab) daemonsRun() error {
+	for _, n := range l.Nodes {
+		if n.Pid() == 0 {
+			return fmt.Errorf("not tried: overplaned of %s does not run any more; its log says:\n%s", n.Name(), n.LogTail(20))
+		}
+	}
+	return nil
 }
 
 // dropLine is one reason at one node.

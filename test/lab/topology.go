@@ -1,9 +1,11 @@
 package lab
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -158,6 +160,18 @@ func newNetns(name string, forward bool) error {
 	})
 }
 
+// noBridgeNetfilter keeps frames that cross the bridge away from iptables, where br_netfilter is loaded: the underlay is a switch, and switches have
+// no firewall. In the calling thread's network namespace.
+func noBridgeNetfilter() error {
+	for _, what := range []string{"arptables", "ip6tables", "iptables"} {
+		err := setSysctl("net/bridge/bridge-nf-call-"+what, "0")
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
 // buildUnderlay makes the gw and ext namespaces: the bridge, the router, and the network beyond it.
 func buildUnderlay(lab string, mtu int) error {
 	gw, ext := lab+"-gw", lab+"-ext"
@@ -165,6 +179,9 @@ func buildUnderlay(lab string, mtu int) error {
 		return err
 	}
 	if err := newNetns(ext, false); err != nil {
+		return err
+	}
+	if err := InNetns(gw, noBridgeNetfilter); err != nil {
 		return err
 	}
 	h, err := openHandle(gw)

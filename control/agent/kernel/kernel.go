@@ -1,7 +1,8 @@
 // Package kernel is the node daemon's dealings with the kernel's network configuration: everything that needs netlink or a change of network
 // namespace. It decides nothing; the agent says what it wants, and this package makes it so or says why not.
 //
-//	pods        AttachTAP, ReopenTAP, RemoveTAP, SetPodMTU: a TAP in the pod's namespace with its addresses and routes
+//	pods        AttachTAP, ReopenTAP, RemoveTAP: a TAP in the pod's namespace with its addresses and routes; SetPodMTU, PodAlive
+//	            AttachVeth, ReopenVeth, RemoveVeth: the same with a veth pair, whose other end AF_XDP sockets drive
 //	host port   AttachHostPort, SyncHostRoutes, RemoveHostPort: the TAP that the node's own stack reaches pods by
 //	uplink      ReadUplink, WatchUplink: addresses, MTU, state, and the gateways with their Ethernet addresses
 //	namespaces  InNetNS, Identify, Watcher

@@ -120,7 +120,7 @@ type router struct {
 }
 
 type leg struct {
-	port  *tap.Port
+	port  port.Port
 	mac   []byte
 	addrs []netip.Addr
 }
@@ -134,7 +134,7 @@ func newRouter(t testing.TB) *router {
 
 func (r *router) config() tap.Config { return tap.Config{Pools: []*port.Pool{r.pool}} }
 
-func (r *router) set(name string, p *tap.Port, mac []byte, addrs ...netip.Addr) {
+func (r *router) set(name string, p port.Port, mac []byte, addrs ...netip.Addr) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.legs[name] = leg{p, mac, addrs}
@@ -198,7 +198,12 @@ func (r *router) forward(p []port.Frame) {
 			if a == dst {
 				copy(b, l.mac)
 				copy(b[6:], GatewayMAC)
-				if n, _ := l.port.Queue(0).Transmit(p); n > 0 {
+				q := l.port.Queue(0)
+				n, _ := q.Transmit(p)
+				if f, ok := q.(port.Flusher); ok {
+					f.Flush()
+				}
+				if n > 0 {
 					return
 				}
 			}

@@ -89,13 +89,15 @@ func setUp(link netlink.Link) error {
 	return nil
 }
 
+var errNoIPv6 = errors.New("IPv6 is off in this kernel")
+
 // sysctl6 sets an interface's IPv6 parameter if it differs. /proc/sys/net shows the namespace of the thread that reads it.
 func sysctl6(name, key, value string) error {
 	path := "/proc/sys/net/ipv6/conf/" + name + "/" + key
 	old, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("%s: IPv6 is off in this kernel (ipv6.disable=1, or the module is missing)", path)
+		return fmt.Errorf("%s: %w (ipv6.disable=1, or the module is missing)", path, errNoIPv6)
 	case err != nil:
 		return err
 	case strings.TrimSpace(string(old)) == value:

@@ -18,6 +18,7 @@ import (
 type PodDevice struct {
 	NetNS string // path of the pod's network namespace
 	Name  string // of the interface there
+	Host  string // of the other end in the daemon's namespace: the device is a veth pair. Empty: it is a TAP
 
 	IPv4, IPv6 netip.Addr       // the pod's addresses; invalid: not of that family
 	MAC        net.HardwareAddr // nil: PodMAC of the addresses
@@ -96,14 +97,7 @@ func AttachTAP(dev PodDevice, cfg tap.Config) (_ *tap.Port, err error) {
 	// From here on the namespace is what the handle says, whatever the path becomes.
 	podPath := fmt.Sprintf("/proc/self/fd/%d", int(pod))
 
-	// Before anything is made: it may be a running pod's.
-	err = InNetNS(podPath, func() error {
-		if _, err := netlink.LinkByName(dev.Name); err == nil {
-			return fmt.Errorf("%w: %s", ErrLinkExists, dev.Name)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := dev.vacant(podPath); err != nil {
 		return nil, err
 	}
 	cfg.Name = temporaryName()
@@ -142,6 +136,16 @@ func AttachTAP(dev PodDevice, cfg tap.Config) (_ *tap.Port, err error) {
 	}
 	p.SetName(dev.Name)
 	return p, nil
+}
+
+// vacant checks, before anything is made, that the pod has no interface of the device's name: it may be a running pod's.
+func (dev *PodDevice) vacant(podPath string) error {
+	return InNetNS(podPath, func() error {
+		if _, err := netlink.LinkByName(dev.Name); err == nil {
+			return fmt.Errorf("%w: %s", ErrLinkExists, dev.Name)
+		}
+		return nil
+	})
 }
 
 // temporaryName is a name nobody else uses, for the moment the device is in the node's namespace. The prefix tells people what it is.
@@ -264,17 +268,24 @@ func SetPodMTU(dev PodDevice) error {
 	if err := dev.complete(); err != nil {
 		return err
 	}
-	err := InNetNS(dev.NetNS, func() error {
+	err := dev.setMTU()
+	if err != nil {
+		return fmt.Errorf("pod device %s in %s: %w", dev.Name, dev.NetNS, err)
+	}
+	return nil
+}
+
+func (dev *PodDevice) setMTU() error {
+	if dev.Host != "" {
+		return dev.setVethMTU()
+	}
+	return InNetNS(dev.NetNS, func() error {
 		link, err := ourTAP(dev.Name)
 		if err != nil {
 			return err
 		}
 		return setMTU(link, dev.MTU)
 	})
-	if err != nil {
-		return fmt.Errorf("pod device %s in %s: %w", dev.Name, dev.NetNS, err)
-	}
-	return nil
 }
 
 // PodAlive reports whether the namespace still is the one with the identity (Identity.String; "" = whichever it is) and the device is in it.
@@ -284,6 +295,9 @@ func PodAlive(dev PodDevice, id string) bool {
 		if err != nil || now.String() != id {
 			return false
 		}
+	}
+	if dev.Host != "" {
+		return dev.paired() == nil
 	}
 	return InNetNS(dev.NetNS, func() error { _, err := ourTAP(dev.Name); return err }) == nil
 }

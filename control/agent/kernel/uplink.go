@@ -2,13 +2,11 @@ package kernel
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
-	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -212,55 +210,4 @@ func neighbour(index int, addr netip.Addr) (net.HardwareAddr, int, error) {
 // provoke makes the kernel resolve or confirm a neighbour, as a packet to it would (NTF_USE).
 func provoke(index int, addr netip.Addr) error {
 	return netlink.NeighSet(&netlink.Neigh{LinkIndex: index, Family: family(addr), IP: addr.AsSlice(), Flags: netlink.NTF_USE, State: netlink.NUD_NONE})
-}
-
-// ethtoolFamily is the number of the generic netlink family, the same in all namespaces.
-var ethtoolFamily = sync.OnceValues(func() (uint16, error) {
-	f, err := netlink.GenlFamilyGet(unix.ETHTOOL_GENL_NAME)
-	if err != nil {
-		return 0, err
-	}
-	return f.ID, nil
-})
-
-// channels asks for the queues in use (ETHTOOL_MSG_CHANNELS_GET). Drivers without the notion answer EOPNOTSUPP.
-func channels(index int) (rx, tx int, err error) {
-	id, err := ethtoolFamily()
-	if err != nil {
-		return 0, 0, err
-	}
-	req := nl.NewNetlinkRequest(int(id), 0)
-	req.AddData(&nl.Genlmsg{Command: unix.ETHTOOL_MSG_CHANNELS_GET, Version: unix.ETHTOOL_GENL_VERSION})
-	header := nl.NewRtAttr(unix.ETHTOOL_A_CHANNELS_HEADER|unix.NLA_F_NESTED, nil)
-	header.AddRtAttr(unix.ETHTOOL_A_HEADER_DEV_INDEX, nl.Uint32Attr(uint32(index)))
-	req.AddData(header)
-	msgs, err := req.Execute(unix.NETLINK_GENERIC, 0)
-	if err != nil {
-		return 0, 0, err
-	}
-	for _, m := range msgs {
-		attrs, err := nl.ParseRouteAttr(m[nl.SizeofGenlmsg:])
-		if err != nil {
-			return 0, 0, err
-		}
-		for _, a := range attrs {
-			if len(a.Value) < 4 {
-				continue
-			}
-			n := int(binary.NativeEndian.Uint32(a.Value))
-			switch a.Attr.Type {
-			case unix.ETHTOOL_A_CHANNELS_RX_COUNT:
-				rx += n
-			case unix.ETHTOOL_A_CHANNELS_TX_COUNT:
-				tx += n
-			case unix.ETHTOOL_A_CHANNELS_COMBINED_COUNT:
-				rx += n
-				tx += n
-			}
-		}
-	}
-	if rx == 0 || tx == 0 {
-		return 0, 0, errors.New("the driver reports no queues")
-	}
-	return rx, tx, nil
 }

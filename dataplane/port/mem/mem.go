@@ -45,11 +45,17 @@ func New(cfg Config) *Port {
 	return p
 }
 
-// Name, NumQueues, Queue, Caps and Close implement port.Port.
-func (p *Port) Name() string           { return p.cfg.Name }
-func (p *Port) NumQueues() int         { return len(p.queues) }
+// Name implements port.Port.
+func (p *Port) Name() string { return p.cfg.Name }
+
+// NumQueues implements port.Port: one for each pool.
+func (p *Port) NumQueues() int { return len(p.queues) }
+
+// Queue implements port.Port.
 func (p *Port) Queue(i int) port.Queue { return p.queues[i] }
-func (p *Port) Caps() port.Caps        { return p.cfg.Caps }
+
+// Caps implements port.Port: what the configuration said.
+func (p *Port) Caps() port.Caps { return p.cfg.Caps }
 
 // Close gives frames back that nobody received.
 func (p *Port) Close() error {

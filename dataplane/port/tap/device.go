@@ -87,10 +87,20 @@ func open(cfg Config, create bool) (_ *Port, err error) {
 			return nil, fmt.Errorf("tap: %s: %w", cfg.Name, err)
 		}
 	}
-	p := &Port{name: cfg.Name, caps: port.Caps{Checksum: true, TSO4: true, TSO6: true, Chains: true, MaxFrame: MaxFrame}}
+	p := &Port{name: cfg.Name, caps: port.Caps{Chains: true, MaxFrame: MaxFrame}}
+	header := headerLen
+	if cfg.Plain {
+		header = 0
+	} else {
+		p.caps.Checksum, p.caps.TSO4, p.caps.TSO6 = true, true, true
+	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, p.Close())
+			undo := p.Close
+			if create && cfg.Plain { // persistent from its first queue on
+				undo = p.Destroy
+			}
+			err = errors.Join(err, undo())
 		}
 	}()
 	var onDead func()
@@ -98,15 +108,12 @@ func open(cfg Config, create bool) (_ *Port, err error) {
 		onDead = sync.OnceFunc(cfg.OnDead)
 	}
 	for i := range cfg.Queues {
-		fd, err := openDevice()
-		if err != nil {
-			return nil, fmt.Errorf("tap: %s: %w", cfg.Name, err)
-		}
-		p.queues = append(p.queues, newQueue(fd, cfg.Pools[i%len(cfg.Pools)], onDead))
 		// The first queue makes the device, and only if it is not there yet; the others join it.
-		if err := attach(fd, cfg.Name, create && i == 0); err != nil {
+		fd, err := openQueue(&cfg, create && i == 0)
+		if err != nil {
 			return nil, fmt.Errorf("tap: %s: queue %d of %d: %w", cfg.Name, i, cfg.Queues, err)
 		}
+		p.queues = append(p.queues, newQueue(fd, header, cfg.Pools[i%len(cfg.Pools)], onDead))
 		if i > 0 {
 			continue
 		}
@@ -115,32 +122,60 @@ func open(cfg Config, create bool) (_ *Port, err error) {
 			return nil, fmt.Errorf("tap: %s: deleted while it was opened: %w", cfg.Name, ErrNotExist)
 		}
 		// These are properties of the device; queues that join inherit them.
-		if p.caps.USO, err = configure(fd, cfg.SendBuffer); err != nil {
+		if cfg.Plain {
+			configurePlain(fd, cfg.SendBuffer)
+		} else if p.caps.USO, err = configure(fd, cfg.SendBuffer); err != nil {
 			return nil, fmt.Errorf("tap: %s: %w", cfg.Name, err)
 		}
 	}
-	if create && cfg.Persist {
-		if err := unix.IoctlSetInt(p.queues[0].fd, unix.TUNSETPERSIST, 1); err != nil {
-			return nil, fmt.Errorf("tap: %s: making it persistent: %w", cfg.Name, err)
+	if create && cfg.Persist != cfg.Plain { // plain devices are made persistent, others are not
+		persist := 0
+		if cfg.Persist {
+			persist = 1
+		}
+		if err := unix.IoctlSetInt(p.queues[0].fd, unix.TUNSETPERSIST, persist); err != nil {
+			return nil, fmt.Errorf("tap: %s: setting its persistence to %d: %w", cfg.Name, persist, err)
 		}
 	}
 	return p, nil
 }
 
+// openQueue opens a descriptor and makes it a queue of the device, which with create must not exist yet.
+func openQueue(cfg *Config, create bool) (int, error) {
+	if cfg.Plain {
+		return openPlain(cfg.Name, create)
+	}
+	fd, err := openDevice()
+	if err != nil {
+		return -1, err
+	}
+	if err := attach(fd, cfg.Name, create); err != nil {
+		_ = unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
 // openDevice opens the driver's file: one open file is one queue.
 func openDevice() (int, error) {
 	fd, err := unix.Open(devicePath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	switch {
-	case err == nil:
-		return fd, nil
-	case errors.Is(err, unix.ENOENT):
-		return -1, fmt.Errorf("%w: there is no %s: create the device node (c 10 200), or mount it into the container", ErrNoTUN, devicePath)
-	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return -1, fmt.Errorf("%w: %s has no driver: load the kernel module tun", ErrNoTUN, devicePath)
-	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return -1, fmt.Errorf("opening %s: %w: check the file's mode and the device rules of the cgroup (DeviceAllow=/dev/net/tun)", devicePath, errors.Join(ErrPermission, err))
+	if err != nil {
+		return -1, openError(err)
 	}
-	return -1, fmt.Errorf("opening %s: %w", devicePath, err)
+	return fd, nil
+}
+
+// openError explains a refusal to open the driver's file.
+func openError(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("%w: there is no %s: create the device node (c 10 200), or mount it into the container", ErrNoTUN, devicePath)
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%w: %s has no driver: load the kernel module tun", ErrNoTUN, devicePath)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return fmt.Errorf("opening %s: %w: check the file's mode and the device rules of the cgroup (DeviceAllow=/dev/net/tun)", devicePath, errors.Join(ErrPermission, err))
+	}
+	return fmt.Errorf("opening %s: %w", devicePath, err)
 }
 
 // attach makes fd a queue of the device, which with create must not exist yet.
@@ -149,15 +184,24 @@ func attach(fd int, name string, create bool) error {
 	if err != nil {
 		return err
 	}
+	// A driver that knows its features and not this one would make a device without it.
+	if features, err := unix.IoctlGetUint32(fd, unix.TUNGETFEATURES); err == nil && features&unix.IFF_VNET_HDR == 0 {
+		return fmt.Errorf("%w: the driver does not offer it", ErrHeader)
+	}
 	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_MULTI_QUEUE)
 	if create {
 		flags |= unix.IFF_TUN_EXCL
 	}
 	ifr.SetUint16(flags)
-	err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return attachError(err, create)
+	}
+	return nil
+}
+
+// attachError explains a refusal to make a descriptor a queue.
+func attachError(err error, create bool) error {
 	switch {
-	case err == nil:
-		return nil
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: CAP_NET_ADMIN is needed in the device's network namespace", ErrPermission)
 	case errors.Is(err, unix.EBUSY) && create:
@@ -175,10 +219,10 @@ func attach(fd int, name string, create bool) error {
 // configure sets what holds for the whole device, and reports whether UDP segmentation offload was granted.
 func configure(fd, sendBuffer int) (uso bool, err error) {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, headerLen); err != nil {
-		return false, fmt.Errorf("setting the virtio-net header's size: %w", err)
+		return false, fmt.Errorf("%w: setting its size: %w", ErrHeader, err)
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETLE, 1); err != nil {
-		return false, fmt.Errorf("setting the virtio-net header's byte order: %w", err)
+		return false, fmt.Errorf("%w: setting its byte order: %w", ErrHeader, err)
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETSNDBUF, sendBuffer); err != nil {
 		return false, fmt.Errorf("setting the send buffer to %d bytes: %w", sendBuffer, err)
@@ -191,7 +235,7 @@ func configure(fd, sendBuffer int) (uso bool, err error) {
 		err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads)
 	}
 	if err != nil {
-		return false, fmt.Errorf("setting offloads: %w", err)
+		return false, fmt.Errorf("%w: setting offloads: %w", ErrHeader, err)
 	}
 	return false, nil
 }

@@ -14,9 +14,10 @@ const (
 	// headerLen is sizeof(struct virtio_net_hdr).
 	headerLen = 10
 
-	// One Receive reads at most so much, so that a pod that floods does not keep its worker from the others.
+	// One Receive reads at most so much, so that a pod that floods does not keep its worker from the others, and so that what was read is still in the
+	// second-level cache when it is written to the next device.
 	maxReads = 32
-	maxBytes = 512 << 10
+	maxBytes = 128 << 10
 
 	// canary is put where a frame's first byte will be. The kernel leaves it there only if somebody gave the device a longer virtio-net
 	// header (a pod with CAP_NET_ADMIN and /dev/net/tun can): it then skips bytes of our buffer instead of writing them, and what
@@ -27,11 +28,12 @@ const (
 // Queue is one descriptor of a device. Receive and Transmit belong to one worker; Dead, Err and Stats may be called from any goroutine.
 type Queue struct {
 	fd        int
+	header    int // bytes of virtio-net header in front of every packet: headerLen, or 0
 	pool      *port.Pool
 	mem       []byte // the pool's, for the life of the queue
 	chunkSize int
 	iov       [port.MaxChain + 1]unix.Iovec // arguments of the call being made
-	header    [headerLen]byte               // of the packet being written, when there is no room in front of it
+	scratch   [headerLen]byte               // header of the packet being written, when there is no room in front of it
 	spill     [1]byte                       // catches a frame's excess when there is no large buffer
 
 	errno  atomic.Uint32 // why the queue is dead, or 0
@@ -58,8 +60,8 @@ func (s *Stats) add(t Stats) {
 	s.Starved += t.Starved
 }
 
-func newQueue(fd int, pool *port.Pool, onDead func()) *Queue {
-	return &Queue{fd: fd, pool: pool, mem: pool.Memory(), chunkSize: pool.Config().ChunkSize, onDead: onDead}
+func newQueue(fd, header int, pool *port.Pool, onDead func()) *Queue {
+	return &Queue{fd: fd, header: header, pool: pool, mem: pool.Memory(), chunkSize: pool.Config().ChunkSize, onDead: onDead}
 }
 
 // die notes that the device is deleted. Its descriptor would report an error to epoll for ever, and the worker would never sleep again, so it is taken away; by a
@@ -126,7 +128,7 @@ func (q *Queue) Receive(frames []port.Frame) int {
 		return 0
 	}
 	var (
-		pool                 = q.pool
+		pool, header         = q.pool, q.header
 		chunk, large         port.Frame
 		haveChunk, haveLarge bool
 		n, bytes             int
@@ -143,8 +145,8 @@ func (q *Queue) Receive(frames []port.Frame) int {
 		}
 		// The virtio-net header goes into the headroom, so that header and frame are one buffer.
 		room := pool.MaxLen(&chunk)
-		first := q.mem[chunk.Off-headerLen : int(chunk.Off)+room]
-		first[headerLen] = canary
+		first := q.mem[int(chunk.Off)-header : int(chunk.Off)+room]
+		first[header] = canary
 		second := q.spill[:]
 		if haveLarge {
 			second = pool.Buffer(&large)
@@ -162,8 +164,8 @@ func (q *Queue) Receive(frames []port.Frame) int {
 			q.readErrors.Add(1)
 			continue
 		}
-		length := got - headerLen
-		if length < 1 || first[headerLen] == canary {
+		length := got - header
+		if length < 1 || first[header] == canary {
 			q.badHeader.Add(1)
 			continue
 		}
@@ -173,7 +175,9 @@ func (q *Queue) Receive(frames []port.Frame) int {
 			q.truncated.Add(1)
 			continue
 		}
-		chunk.Offload = decode(first)
+		if header != 0 {
+			chunk.Offload = decode(first)
+		}
 		if length <= room {
 			chunk.Len = uint32(length)
 			frames[n] = chunk
@@ -203,17 +207,19 @@ func (q *Queue) Transmit(frames []port.Frame) (int, port.TxStatus) {
 	if q.Dead() {
 		return 0, port.TxDown
 	}
-	pool := q.pool
+	pool, header := q.pool, q.header
 	for n := 0; n < len(frames); {
 		f := &frames[n]
 		var (
 			errno unix.Errno
 			count = 1
 		)
-		if f.Flags&port.More == 0 && !pool.IsLarge(f) && q.chunkSize-pool.MaxLen(f) >= headerLen {
+		if f.Flags&port.More == 0 && !pool.IsLarge(f) && q.chunkSize-pool.MaxLen(f) >= header {
 			// Room in front of the frame: one buffer instead of two.
-			start := f.Off - headerLen
-			encode(q.mem[start:], &f.Offload)
+			start := f.Off - uint32(header)
+			if header != 0 {
+				encode(q.mem[start:], &f.Offload)
+			}
 			_, errno = q.write(q.mem[start : f.Off+f.Len])
 		} else {
 			count = port.PacketFrames(frames[n:])
@@ -243,10 +249,13 @@ func (q *Queue) Transmit(frames []port.Frame) (int, port.TxStatus) {
 
 // writeChain writes one packet of several frames, or one without room for the header in front.
 func (q *Queue) writeChain(frames []port.Frame) (int, unix.Errno) {
-	encode(q.header[:], &frames[0].Offload)
-	q.iov[0].Base = &q.header[0]
-	q.iov[0].SetLen(headerLen)
-	k := 1
+	k := 0
+	if q.header != 0 {
+		encode(q.scratch[:], &frames[0].Offload)
+		q.iov[0].Base = &q.scratch[0]
+		q.iov[0].SetLen(headerLen)
+		k = 1
+	}
 	for i := range frames {
 		b := q.pool.Bytes(&frames[i])
 		if len(b) == 0 {

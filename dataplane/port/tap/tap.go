@@ -9,6 +9,9 @@
 // computed. What comes out of a pod is hostile: headers are copied as they are and checked by packet.CheckOffload. Nothing here blocks
 // or allocates per packet; all calls on descriptors are raw system calls on non-blocking files.
 //
+// A device may also be plain ([Config.Plain]), without that header; it is then opened by github.com/songgao/water and costs a read or a write
+// for every MTU-sized packet.
+//
 // Devices are always made with IFF_MULTI_QUEUE, even with one queue, because a device can only be re-opened in the mode that it was made in and
 // the next daemon may have more workers. The header is the 10 bytes of struct virtio_net_hdr (no num_buffers, which a TAP does not
 // use), little-endian whatever the machine. See drivers/net/tun.c and include/uapi/linux/{if_tun,virtio_net}.h.
@@ -30,6 +33,9 @@ type Config struct {
 	Queues int
 	// Persist makes the device outlive its descriptors, so that the next daemon can re-open it. Reopen ignores it.
 	Persist bool
+	// Plain does without the virtio-net header, for hosts that refuse it: packets are then single, their checksums finished, none longer than the MTU. The kernel
+	// segments what is sent to the device.
+	Plain bool
 	// SendBuffer bounds the bytes that were written but not yet taken by the receiving stack, for each queue; 0 means
 	// DefaultSendBuffer. Beyond it Transmit answers TxFull.
 	SendBuffer int
@@ -54,5 +60,6 @@ var (
 	ErrExists     = errors.New("device exists")
 	ErrNotExist   = errors.New("no such device")
 	ErrBusy       = errors.New("device is busy")
+	ErrHeader     = errors.New("no virtio-net header (Linux 2.6.27)")
 	ErrMode       = errors.New("device was made in another mode")
 )

@@ -183,11 +183,13 @@ func TestTruncatedFramesAreDroppedAndCounted(t *testing.T) {
 		b := pool.Bytes(&p[0])
 		return len(b) > 23 && b[12] == 8 && b[13] == 0 && b[23] == unix.IPPROTO_UDP
 	}
-	const room = 2048 - port.Headroom - 14 - 20 - 8
+	// A chunk has room for the least always, and for more than the most never: frames start 64 to Headroom bytes into it.
+	const headers = 14 + 20 + 8
+	const least, most = 2048 - port.Headroom - headers, 2048 - 64 - headers
 	for _, tc := range []struct {
 		size      int
 		truncated uint64
-	}{{100, 0}, {room, 0}, {room + 1, 1}, {5000, 2}} {
+	}{{100, 0}, {least, 0}, {most + 1, 1}, {5000, 2}} {
 		_, err := c.Write(make([]byte, tc.size))
 		require.NoError(t, err)
 		_, err = c.Write(make([]byte, 60))

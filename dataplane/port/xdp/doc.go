@@ -22,6 +22,9 @@
 // worker stopped beating, frames that are ours are dropped rather than given to a kernel that would answer them. bpf/steer.h says which frames are
 // ours.
 //
+// [OpenVeth] drives the node's end of a pod's veth pair in the same way, but with a small UMEM for each queue and a copy between it and the pool: with
+// hundreds of pods, the pool as everybody's UMEM would cost gigabytes ([VethPort] says more).
+//
 // Limits: frames that carry a VLAN tag are never ours. A frame received from a device of this machine (veth) whose sender leaves its
 // checksum to the device has an unfinished one, and nothing says so: turn tx checksum offload off at the sender. Sockets share no queue with
 // another program's.

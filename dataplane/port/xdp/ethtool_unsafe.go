@@ -75,6 +75,28 @@ func queues(ifname string) (rx, tx int, err error) {
 	return 1, 1, nil // a driver that cannot be asked has one
 }
 
+// ethtoolValue is struct ethtool_value.
+type ethtoolValue struct{ cmd, data uint32 }
+
+// disableLRO turns large receive offload off, as the kernel does on interfaces that it forwards from: its frames cannot be sent on (netif_disable_lro).
+// A driver without it has nothing to turn off.
+func disableLRO(ifname string) error {
+	v := ethtoolValue{cmd: unix.ETHTOOL_GFLAGS}
+	// v is alive and a struct ethtool_value.
+	if err := ethtool(ifname, unsafe.Pointer(&v)); err != nil || v.data&ethFlagLRO == 0 {
+		return nil
+	}
+	v.cmd, v.data = unix.ETHTOOL_SFLAGS, v.data&^ethFlagLRO
+	// As above.
+	if err := ethtool(ifname, unsafe.Pointer(&v)); err != nil {
+		return fmt.Errorf("xdp: turning large receive offload of %s off: %w: `ethtool -K %s lro off`", ifname, err, ifname)
+	}
+	return nil
+}
+
+// ethFlagLRO is ETH_FLAG_LRO of linux/ethtool.h.
+const ethFlagLRO = 1 << 15
+
 // driver returns the name of an interface's driver, "" if it does not say.
 func driver(ifname string) string {
 	info := ethtoolDrvinfo{cmd: unix.ETHTOOL_GDRVINFO}

@@ -180,7 +180,7 @@ func (p *Port) Close() error {
 func openFirst(cfg *Config, ifindex, queue int, attempts []attempt) (*socket, int, []error) {
 	var errs []error
 	for i, a := range attempts {
-		s, err := openSocket(cfg, ifindex, queue, a)
+		s, err := openSocket(cfg.spec(ifindex, queue), a)
 		if err == nil {
 			return s, i, errs
 		}

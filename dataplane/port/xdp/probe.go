@@ -70,7 +70,7 @@ func Probe(ifname string) (*ProbeReport, error) {
 	defer mem.Close()
 	cfg := Config{Interface: ifname, Pools: []*port.Pool{pool}, RingSize: 64}
 	try := func(a attempt) error {
-		s, err := openSocket(&cfg, iface.Index, 0, a)
+		s, err := openSocket(cfg.spec(iface.Index, 0), a)
 		if err != nil {
 			return err
 		}

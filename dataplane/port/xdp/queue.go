@@ -15,9 +15,9 @@ const refillBatch = 64
 // Queue is one worker's end of a port: one AF_XDP socket. Only the owning worker may call its methods, except FD and Stats.
 //
 // Every chunk is in one of three hands: the pool's, the caller's (a received frame that was not freed or transmitted), or the kernel's,
-// which is what rxHeld and txHeld count.
+// which is what rxHeld and the sender's txHeld count.
 type Queue struct {
-	*socket
+	sender
 	pool *port.Pool
 
 	limit     uint32 // end of the chunks in the pool's memory
@@ -26,24 +26,19 @@ type Queue struct {
 
 	fillTarget uint32   // chunks that should wait for frames
 	rxHeld     uint32   // chunks the kernel has to receive into, at most fillTarget
-	txHeld     uint32   // chunks the kernel has to transmit from, at most ringSize
-	txPut      uint32   // descriptors put but not published
 	held       []uint64 // a bit per chunk: the kernel has it. What rxHeld and txHeld count
 	shift      uint8    // log2 of chunkSize
 
-	maxFrame    int // bytes of one packet
-	maxSegments int // buffers of one packet, 1 without multi-buffer
-	down        bool
+	maxFrame    int  // bytes of one packet
+	maxSegments int  // buffers of one packet, 1 without multi-buffer
 	discarding  bool // in the middle of a packet of more buffers than a caller can be given
-
-	txErrors uint64
 }
 
 func newQueue(cfg *Config, s *socket, index, numQueues int) *Queue {
 	pool := cfg.Pools[index%len(cfg.Pools)]
 	pc := pool.Config()
 	q := &Queue{
-		socket:      s,
+		sender:      sender{socket: s},
 		pool:        pool,
 		limit:       uint32(pc.Chunks * pc.ChunkSize),
 		chunkSize:   uint32(pc.ChunkSize),
@@ -129,7 +124,7 @@ func (q *Queue) refill() {
 			if !ok {
 				break
 			}
-			q.fill.put(uint64(f.Off - port.Headroom))
+			q.fill.put(uint64(f.Off &^ (q.chunkSize - 1)))
 			q.toggle(f.Off)
 		}
 		if n > 0 {
@@ -192,8 +187,10 @@ type Stats struct {
 }
 
 // Stats reads the counters: a system call. It may be called from any goroutine while the port is open.
-func (q *Queue) Stats() (Stats, error) {
-	st, err := statistics(q.fd)
+func (q *Queue) Stats() (Stats, error) { return statsOf(q.fd) }
+
+func statsOf(fd int) (Stats, error) {
+	st, err := statistics(fd)
 	return Stats{
 		RxDropped:     st.Rx_dropped,
 		RxRingFull:    st.Rx_ring_full,

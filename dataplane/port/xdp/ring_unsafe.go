@@ -18,23 +18,23 @@ type rings struct {
 	mappings   [][]byte
 }
 
-// mapRings maps the rings of fd, which were made with size entries each.
-func (r *rings) mapRings(fd, size int) error {
+// mapRings maps the rings of fd, which were made with these sizes.
+func (r *rings) mapRings(fd int, size ringSizes) error {
 	var off unix.XDPMmapOffsets
 	if err := getsockopt(fd, unix.XDP_MMAP_OFFSETS, unsafe.Pointer(&off), unsafe.Sizeof(off)); err != nil {
 		return fmt.Errorf("xdp: asking for the rings' layout (XDP_MMAP_OFFSETS, Linux 5.4): %w", err)
 	}
 	var err error
-	if r.fill.addrs, err = mapRing[uint64](r, &r.fill.ring, fd, unix.XDP_UMEM_PGOFF_FILL_RING, off.Fr, size); err != nil {
+	if r.fill.addrs, err = mapRing[uint64](r, &r.fill.ring, fd, unix.XDP_UMEM_PGOFF_FILL_RING, off.Fr, size.fill); err != nil {
 		return err
 	}
-	if r.completion.addrs, err = mapRing[uint64](r, &r.completion.ring, fd, unix.XDP_UMEM_PGOFF_COMPLETION_RING, off.Cr, size); err != nil {
+	if r.completion.addrs, err = mapRing[uint64](r, &r.completion.ring, fd, unix.XDP_UMEM_PGOFF_COMPLETION_RING, off.Cr, size.completion); err != nil {
 		return err
 	}
-	if r.rx.descs, err = mapRing[unix.XDPDesc](r, &r.rx.ring, fd, unix.XDP_PGOFF_RX_RING, off.Rx, size); err != nil {
+	if r.rx.descs, err = mapRing[unix.XDPDesc](r, &r.rx.ring, fd, unix.XDP_PGOFF_RX_RING, off.Rx, size.rx); err != nil {
 		return err
 	}
-	r.tx.descs, err = mapRing[unix.XDPDesc](r, &r.tx.ring, fd, unix.XDP_PGOFF_TX_RING, off.Tx, size)
+	r.tx.descs, err = mapRing[unix.XDPDesc](r, &r.tx.ring, fd, unix.XDP_PGOFF_TX_RING, off.Tx, size.tx)
 	return err
 }
 
@@ -63,11 +63,15 @@ func (r *rings) unmap() error {
 	return errors.Join(errs...)
 }
 
-// registerUMEM makes mem the memory of fd, in chunks of chunkSize bytes.
-func registerUMEM(fd int, mem []byte, chunkSize int) error {
+// registerUMEM makes mem the memory of fd, in chunks of chunkSize bytes. With txMetadata, frames to send may have txMetadataLen bytes of
+// struct xsk_tx_metadata in front of them (XDP_UMEM_TX_METADATA_LEN, Linux 6.11; EINVAL before).
+func registerUMEM(fd int, mem []byte, chunkSize int, txMetadata bool) error {
 	// The kernel pins the pages and keeps its own references; the address is only used during the call. mem is no Go heap memory in
 	// production, and the heap does not move.
 	reg := unix.XDPUmemReg{Addr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem)))), Len: uint64(len(mem)), Size: uint32(chunkSize)}
+	if txMetadata {
+		reg.Flags, reg.Tx_metadata_len = unix.XDP_UMEM_TX_METADATA_LEN, txMetadataLen
+	}
 	if page := uint64(os.Getpagesize()); reg.Addr%page != 0 {
 		return fmt.Errorf("xdp: frame memory at %#x is not aligned to pages of %d bytes: use the bytes of a Memory from their start", reg.Addr, page)
 	}

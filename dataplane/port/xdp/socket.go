@@ -65,8 +65,33 @@ type socket struct {
 	sg       bool
 }
 
-// openSocket makes a socket over the memory of queue's pool and binds it.
-func openSocket(cfg *Config, ifindex, queue int, a attempt) (_ *socket, err error) {
+// ringSizes are the entries of a socket's four rings, powers of two.
+type ringSizes struct{ fill, completion, rx, tx int }
+
+// socketSpec says what a socket is made of.
+type socketSpec struct {
+	ifname     string
+	ifindex    int
+	queue      int
+	memory     []byte // the UMEM: whole chunks, page-aligned
+	chunkSize  int
+	rings      ringSizes
+	txBudget   int  // XDP_MAX_TX_SKB_BUDGET; 0 leaves the kernel's
+	txMetadata bool // frames to send may have struct xsk_tx_metadata in front of them (txMetadataLen bytes)
+}
+
+// spec is what the socket of a queue is made of: the memory of its worker's pool.
+func (c *Config) spec(ifindex, queue int) socketSpec {
+	pool := c.Pools[queue%len(c.Pools)]
+	pc := pool.Config()
+	return socketSpec{
+		ifname: c.Interface, ifindex: ifindex, queue: queue, memory: pool.Memory()[:pc.Chunks*pc.ChunkSize], chunkSize: pc.ChunkSize,
+		rings: ringSizes{c.RingSize, c.RingSize, c.RingSize, c.RingSize}, txBudget: c.TxBudget,
+	}
+}
+
+// openSocket makes a socket and binds it.
+func openSocket(spec socketSpec, a attempt) (_ *socket, err error) {
 	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		if errors.Is(err, unix.EAFNOSUPPORT) {
@@ -81,26 +106,27 @@ func openSocket(cfg *Config, ifindex, queue int, a attempt) (_ *socket, err erro
 		}
 	}()
 
-	pool := cfg.Pools[queue%len(cfg.Pools)]
-	pc := pool.Config()
-	if err := registerUMEM(fd, pool.Memory()[:pc.Chunks*pc.ChunkSize], pc.ChunkSize); err != nil {
+	if err := registerUMEM(fd, spec.memory, spec.chunkSize, spec.txMetadata); err != nil {
 		return nil, err
 	}
-	for _, opt := range [...]int{unix.XDP_UMEM_FILL_RING, unix.XDP_UMEM_COMPLETION_RING, unix.XDP_RX_RING, unix.XDP_TX_RING} {
-		if err := unix.SetsockoptInt(fd, unix.SOL_XDP, opt, cfg.RingSize); err != nil {
-			return nil, fmt.Errorf("xdp: making a ring of %d entries: %w", cfg.RingSize, err)
+	for _, ring := range [...]struct{ opt, size int }{
+		{unix.XDP_UMEM_FILL_RING, spec.rings.fill}, {unix.XDP_UMEM_COMPLETION_RING, spec.rings.completion},
+		{unix.XDP_RX_RING, spec.rings.rx}, {unix.XDP_TX_RING, spec.rings.tx},
+	} {
+		if err := unix.SetsockoptInt(fd, unix.SOL_XDP, ring.opt, ring.size); err != nil {
+			return nil, fmt.Errorf("xdp: making a ring of %d entries: %w", ring.size, err)
 		}
 	}
-	if err := s.mapRings(fd, cfg.RingSize); err != nil {
+	if err := s.mapRings(fd, spec.rings); err != nil {
 		return nil, err
 	}
-	setSendBuffer(fd, cfg.RingSize*(pc.ChunkSize+1024))
-	if cfg.TxBudget != 0 {
+	setSendBuffer(fd, spec.rings.tx*(spec.chunkSize+1024))
+	if spec.txBudget != 0 {
 		// Before Linux 6.17 the budget is 32 and cannot be changed: more system calls, nothing worse.
-		_ = unix.SetsockoptInt(fd, unix.SOL_XDP, unix.XDP_MAX_TX_SKB_BUDGET, cfg.TxBudget)
+		_ = unix.SetsockoptInt(fd, unix.SOL_XDP, unix.XDP_MAX_TX_SKB_BUDGET, spec.txBudget)
 	}
-	if err := bind(fd, ifindex, queue, a); err != nil {
-		return nil, &bindError{cfg.Interface, queue, a, err}
+	if err := bind(fd, spec.ifindex, spec.queue, a); err != nil {
+		return nil, &bindError{spec.ifname, spec.queue, a, err}
 	}
 	if s.zeroCopy, err = zeroCopyGranted(fd); err != nil {
 		return nil, fmt.Errorf("xdp: asking what was granted (XDP_OPTIONS): %w", err)

@@ -34,8 +34,13 @@ const DefaultHeartbeatLimit = 2 * time.Second
 // layoutVersion is part of the pins' names. It counts changes of what the maps' values mean; changes of their sizes are seen by comparing.
 const layoutVersion = "-v1"
 
-// linkPin is the name of the pinned attachment. It has no version: a program of any version is replaced through it.
-const linkPin = "link"
+// The names of the pinned attachments: of the XDP program, of the tc program on the uplink, of that on the device. They have no version: a program of any
+// version is replaced through them.
+const (
+	linkPin  = "link"
+	tcInPin  = "tc-in"
+	tcOutPin = "tc-out"
+)
 
 // SteeringConfig says where the steering program goes and whom frames belong to.
 type SteeringConfig struct {
@@ -60,16 +65,19 @@ type SteeringConfig struct {
 	HeartbeatLimit time.Duration
 }
 
-// Steering is the XDP program on the uplink together with its tables. Setters may be called from any goroutine and take a lock;
-// a change is seen by frames that arrive after it. Heartbeat's result is for one worker each.
+// Steering is the steering program on the uplink, XDP's or tc's, together with its tables. Setters may be called from any goroutine and take a lock;
+// a change is seen by frames that arrive after it. Attach and Detach are for one goroutine at a time. Heartbeat's result is for one worker each.
 type Steering struct {
 	ifname  string
+	ifindex int
 	pinDir  string
-	link    link.Link
+	generic bool
+	link    link.Link            // XDP's
 	maps    map[string]*ebpf.Map // nil when closed
 	prog    *ebpf.Program
 	frags   bool
 	adopted bool
+	tc      *tcAttachment // nil: not attached by tc
 
 	beats []byte // mapping of the heartbeats map
 
@@ -79,11 +87,22 @@ type Steering struct {
 	flipped time.Time
 }
 
-// AttachSteering puts the steering program on cfg.Interface, in native mode unless cfg asks for the generic one. A program that an earlier
-// process of ours pinned in cfg.PinDir is adopted with its tables and replaced without a gap; pod CIDRs and members in them stay until they are
-// set again. A program of somebody else is refused with a [ForeignProgramError]. It takes CAP_NET_ADMIN and CAP_BPF, and
-// Linux 5.9; multi-buffer frames need 5.18 and a driver that knows them.
+// AttachSteering is [OpenSteering] and [Steering.AttachXDP] in one; on failure nothing of it stays.
 func AttachSteering(cfg SteeringConfig) (*Steering, error) {
+	s, err := OpenSteering(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.AttachXDP(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// OpenSteering makes the steering's tables, or adopts those that an earlier process of ours pinned in cfg.PinDir, and brings them in line with cfg; pod CIDRs and members
+// in them stay until they are set again. It attaches nothing: a program that is attached goes on by the same tables until AttachXDP or AttachTC
+// replaces it. It takes CAP_NET_ADMIN and CAP_BPF, and Linux 5.9.
+func OpenSteering(cfg SteeringConfig) (*Steering, error) {
 	if cfg.Workers < 1 || cfg.Workers > MaxWorkers {
 		return nil, fmt.Errorf("xdp: steering: %d workers: want 1 to %d", cfg.Workers, MaxWorkers)
 	}
@@ -101,18 +120,15 @@ func AttachSteering(cfg SteeringConfig) (*Steering, error) {
 		return nil, err
 	}
 
-	s := &Steering{ifname: cfg.Interface, pinDir: cfg.PinDir, maps: map[string]*ebpf.Map{}}
-	if err := s.attach(iface.Index, cfg.Generic); err != nil {
-		s.release()
+	s := &Steering{ifname: cfg.Interface, ifindex: iface.Index, pinDir: cfg.PinDir, generic: cfg.Generic, maps: map[string]*ebpf.Map{}}
+	if err := s.checkPins(); err != nil {
 		return nil, err
 	}
+	if err := s.makeMaps(); err != nil {
+		return nil, errors.Join(err, s.release())
+	}
 	if err := s.configure(cfg, [6]byte(iface.HardwareAddr)); err != nil {
-		// The attachment stays if it was there before: half of the tables is better than none.
-		if !s.adopted {
-			err = errors.Join(err, s.uninstall())
-		}
-		s.release()
-		return nil, err
+		return nil, errors.Join(err, s.release())
 	}
 	return s, nil
 }
@@ -133,6 +149,38 @@ func makePinDir(dir string) error {
 		// Leave nothing behind where nothing of ours belongs; a folder that others use does not go away.
 		_ = os.Remove(dir)
 		return fmt.Errorf("xdp: %q is not on a bpffs: mount one with `mount -t bpf bpf /sys/fs/bpf`", dir)
+	}
+	return nil
+}
+
+// checkPins makes sure that the tables in the pin folder are not another interface's.
+func (s *Steering) checkPins() error {
+	if s.pinDir == "" {
+		return nil
+	}
+	for _, pin := range []string{linkPin, tcInPin} {
+		path := filepath.Join(s.pinDir, pin)
+		l, err := link.LoadPinnedLink(path, nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return needs("opening the pinned steering "+path, err, capBPF)
+		}
+		info, err := l.Info()
+		err = errors.Join(err, l.Close())
+		if err != nil {
+			return fmt.Errorf("xdp: reading the pinned steering %s: %w", path, err)
+		}
+		index := 0 // of an interface that was deleted, too
+		if x := info.XDP(); x != nil {
+			index = int(x.Ifindex)
+		} else if x := info.TCX(); x != nil {
+			index = int(x.Ifindex)
+		}
+		if index != 0 && index != s.ifindex {
+			return fmt.Errorf("xdp: the steering pinned in %s belongs to another interface than %s: use one folder per interface, or uninstall that one", s.pinDir, s.ifname)
+		}
 	}
 	return nil
 }
@@ -167,21 +215,30 @@ func (s *Steering) Multibuffer() bool { return s.frags }
 // Adopted reports whether a pinned attachment of an earlier process was taken over.
 func (s *Steering) Adopted() bool { return s.adopted }
 
-// Close closes the descriptors. With a PinDir the program stays attached, and drops what is ours until sockets are bound again; see
+// Close closes the descriptors. With a PinDir the program stays attached, and drops what is ours until workers beat again; see
 // [Uninstall]. Without one it is detached. No worker may use its heartbeat after it.
 func (s *Steering) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var err error
-	if s.beats != nil {
-		err = unix.Munmap(s.beats)
-		s.beats = nil
+	var errs []error
+	if s.pinDir == "" && s.tc != nil {
+		errs = append(errs, s.tc.detach(s.ifindex))
 	}
-	return errors.Join(err, s.release())
+	return errors.Join(append(errs, s.release())...)
 }
 
 func (s *Steering) release() error {
 	var errs []error
+	if s.beats != nil {
+		// Nobody will beat any more: say so at once, not only when the last beat is stale.
+		clear(s.beats)
+		errs = append(errs, unix.Munmap(s.beats))
+		s.beats = nil
+	}
+	if s.tc != nil {
+		errs = append(errs, s.tc.close())
+		s.tc = nil
+	}
 	if s.link != nil {
 		errs = append(errs, s.link.Close())
 		s.link = nil
@@ -206,16 +263,8 @@ func (s *Steering) table(name string) (*ebpf.Map, error) {
 	return m, nil
 }
 
-// uninstall detaches what this Steering attached and removes its pins.
-func (s *Steering) uninstall() error {
-	if s.pinDir == "" {
-		return nil // closing the link detaches
-	}
-	return Uninstall(s.pinDir)
-}
-
-// Uninstall detaches the program pinned in pinDir and removes the folder. Frames for pods then go to the kernel's stack. A folder that is
-// not there is no error.
+// Uninstall detaches the programs pinned in pinDir and removes the folder. Frames for pods then go to the kernel's stack. A folder that is
+// not there is no error. Programs that a [Classifier] attached are its own to remove.
 func Uninstall(pinDir string) error {
 	entries, err := os.ReadDir(pinDir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -225,23 +274,36 @@ func Uninstall(pinDir string) error {
 		return fmt.Errorf("xdp: uninstalling: %w", err)
 	}
 	var errs []error
-	l, err := link.LoadPinnedLink(filepath.Join(pinDir, linkPin), nil)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return needs("uninstalling: opening the pinned link", err, capBPF)
-	default:
-		// Detach rather than only unpin: another process may hold a descriptor.
-		errs = append(errs, l.Detach(), l.Close())
+	for _, pin := range []string{linkPin, tcInPin, tcOutPin} {
+		errs = append(errs, detachPinned(filepath.Join(pinDir, pin)))
 	}
 	for _, e := range entries {
-		errs = append(errs, os.Remove(filepath.Join(pinDir, e.Name())))
+		if err := os.Remove(filepath.Join(pinDir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	errs = append(errs, os.Remove(pinDir))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("xdp: uninstalling %q: %w", pinDir, err)
 	}
 	return nil
+}
+
+// detachPinned detaches a pinned attachment and removes its pin, if there is one.
+func detachPinned(path string) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return needs("opening the pinned link "+path, err, capBPF)
+	}
+	// Detach rather than only unpin: another process may hold a descriptor. The attachment of an interface that was deleted is detached already.
+	err = l.Detach()
+	if errors.Is(err, unix.ENOLINK) || errors.Is(err, unix.EINVAL) {
+		err = nil
+	}
+	return errors.Join(err, l.Unpin(), l.Close())
 }
 
 // newObjects is the compiled program's specification with the variant that is wanted, and no other.

@@ -6,30 +6,36 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
-// attach makes or adopts the tables, loads the program over them and attaches it, through the pinned link if there is one.
-func (s *Steering) attach(ifindex int, generic bool) error {
-	attached, err := attachedProgram(ifindex)
+// AttachXDP puts the XDP program on the interface, in native mode unless the configuration asks for the generic one. A program that an earlier
+// process of ours pinned is replaced without a gap, one that it attached by tc is detached afterwards. A program of somebody else
+// is refused with a [ForeignProgramError]. It takes CAP_NET_ADMIN and CAP_BPF; multi-buffer frames need Linux 5.18 and a driver that knows them.
+//
+// It is no error if it is attached already.
+func (s *Steering) AttachXDP() error {
+	if s.link != nil {
+		return nil
+	}
+	attached, err := attachedProgram(s.ifindex)
 	if err != nil {
 		return err
 	}
-	if err := s.adoptLink(ifindex, attached); err != nil {
+	if err := s.adoptLink(s.ifindex, attached); err != nil {
 		return err
 	}
 	if s.link == nil && attached != 0 {
 		return foreign(s.ifname, attached)
 	}
-	if err := s.makeMaps(); err != nil {
-		return err
-	}
 	var errs []error
 	for _, frags := range []bool{true, false} {
-		err := s.attachVariant(ifindex, generic, frags)
+		err := s.attachVariant(s.ifindex, s.generic, frags)
 		if err == nil {
 			s.frags = frags
 			return s.pin()
@@ -39,6 +45,24 @@ func (s *Steering) attach(ifindex int, generic bool) error {
 		}
 		errs = append(errs, err)
 	}
+	return errors.Join(errs...)
+}
+
+// DetachXDP takes the XDP program off the interface again, with its pin: one that was adopted, too. It is no error if there is none.
+func (s *Steering) DetachXDP() error {
+	var errs []error
+	if s.pinDir != "" {
+		errs = append(errs, detachPinned(filepath.Join(s.pinDir, linkPin)))
+	}
+	if s.link != nil {
+		errs = append(errs, s.link.Close())
+		s.link = nil
+	}
+	if s.prog != nil {
+		errs = append(errs, s.prog.Close())
+		s.prog = nil
+	}
+	s.adopted, s.frags = false, false
 	return errors.Join(errs...)
 }
 
@@ -138,24 +162,29 @@ func (s *Steering) attachVariant(ifindex int, generic, frags bool) error {
 	return nil
 }
 
-// pin makes link and maps outlive the process, and removes pins of other versions.
+// pin makes link and maps outlive the process, and removes pins of other versions and hooks.
 func (s *Steering) pin() error {
 	if s.pinDir == "" {
 		return nil
 	}
-	if err := s.pinAll(); err != nil {
+	err := s.pinMaps()
+	if err == nil && !s.adopted {
+		if err = s.link.Pin(filepath.Join(s.pinDir, linkPin)); err != nil {
+			err = needs("pinning the steering's link", err, capBPF)
+		}
+	}
+	if err != nil {
 		if !s.adopted {
 			err = errors.Join(err, s.link.Detach())
 		}
 		return err
 	}
-	return nil
+	return errors.Join(detachPinned(filepath.Join(s.pinDir, tcInPin)), detachPinned(filepath.Join(s.pinDir, tcOutPin)), s.sweepPins(linkPin))
 }
 
-func (s *Steering) pinAll() error {
-	want := map[string]bool{linkPin: true}
+// pinMaps pins the tables that are not yet.
+func (s *Steering) pinMaps() error {
 	for name, m := range s.maps {
-		want[name+layoutVersion] = true
 		if m.IsPinned() {
 			continue
 		}
@@ -167,20 +196,22 @@ func (s *Steering) pinAll() error {
 			return needs("pinning "+path, err, capBPF)
 		}
 	}
-	if !s.adopted {
-		if err := s.link.Pin(filepath.Join(s.pinDir, linkPin)); err != nil {
-			return needs("pinning the steering's link", err, capBPF)
-		}
-	}
+	return nil
+}
+
+// sweepPins removes what is neither a table of this version nor one of the links.
+func (s *Steering) sweepPins(links ...string) error {
 	entries, err := os.ReadDir(s.pinDir)
 	if err != nil {
 		return fmt.Errorf("xdp: %w", err)
 	}
 	for _, e := range entries {
-		if !want[e.Name()] {
-			// A table of another version that nothing reads any more; one that stays is found next time.
-			_ = os.Remove(filepath.Join(s.pinDir, e.Name()))
+		name, isMap := strings.CutSuffix(e.Name(), layoutVersion)
+		if isMap && s.maps[name] != nil || slices.Contains(links, e.Name()) {
+			continue
 		}
+		// A table of another version that nothing reads any more; one that stays is found next time.
+		_ = os.Remove(filepath.Join(s.pinDir, e.Name()))
 	}
 	return nil
 }

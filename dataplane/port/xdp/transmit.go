@@ -6,9 +6,6 @@ import (
 	"github.com/overplane/overplane/dataplane/port"
 )
 
-// maxKicks bounds the system calls of one Flush. Each sends at most the socket's budget.
-const maxKicks = 64
-
 // Transmit queues packets for sending; the kernel is shown them by Flush. A chain goes out as one packet of several buffers; one that the
 // kernel would not take as it is (large buffers, too many of them, no multi-buffer) is copied into as few chunks as it needs.
 func (q *Queue) Transmit(frames []port.Frame) (int, port.TxStatus) {
@@ -34,10 +31,7 @@ func (q *Queue) Transmit(frames []port.Frame) (int, port.TxStatus) {
 		if q.txHeld == q.ringSize && !q.makeRoom(1) {
 			return n, q.fullOrDown()
 		}
-		q.tx.put(uint64(f.Off), f.Len, 0)
-		q.toggle(f.Off)
-		q.txHeld++
-		q.txPut++
+		q.put(f.Off, f.Len, false)
 		n++
 	}
 	return n, port.TxOK
@@ -53,13 +47,6 @@ func (q *Queue) direct(f *port.Frame) bool {
 // Ethernet allows.
 func (q *Queue) sendable(f *port.Frame, length int) bool {
 	return length >= ethernetHeader && length <= q.maxFrame && f.Offload.Flags&port.NeedsChecksum == 0 && f.Offload.GSO == port.GSONone
-}
-
-func (q *Queue) fullOrDown() port.TxStatus {
-	if q.down {
-		return port.TxDown
-	}
-	return port.TxFull
 }
 
 // makeRoom tries to have n free descriptors: it sends what was queued and takes back what is done.
@@ -101,10 +88,8 @@ func (q *Queue) put(off, length uint32, more bool) {
 	if more {
 		options = unix.XDP_PKT_CONTD
 	}
-	q.tx.put(uint64(off), length, options)
+	q.sender.put(uint64(off), length, options)
 	q.toggle(off)
-	q.txHeld++
-	q.txPut++
 }
 
 // transmitCopied copies a packet of length bytes into new chunks, sends those and frees the frames.
@@ -145,49 +130,9 @@ func (q *Queue) transmitCopied(frames []port.Frame, length int) (int, port.TxSta
 // Flush shows the kernel what was queued and, where it takes a system call to send, makes it: in copy mode until all is sent, in zero-copy
 // mode when the driver sleeps. Call it once a batch, and on every poll while frames are outstanding: it costs nothing when there is nothing to do. A link that is
 // down keeps what was queued and is tried again.
-func (q *Queue) Flush() {
-	if q.txPut > 0 {
-		q.tx.publish()
-		q.txPut = 0
+func (q *Queue) Flush() (outstanding bool) {
+	if q.push() {
+		q.reclaim()
 	}
-	if q.txHeld == 0 {
-		return
-	}
-	if q.zeroCopy {
-		if q.tx.needWakeup() {
-			q.handle(kick(q.fd))
-		}
-		return
-	}
-	pending := q.tx.pending()
-	for i := 0; pending > 0 && i < maxKicks; i++ {
-		again := q.handle(kick(q.fd))
-		before := pending
-		pending = q.tx.pending()
-		if !again || pending == before {
-			break // no progress: the send buffer or the device is full, the next poll goes on
-		}
-	}
-	q.reclaim()
+	return q.txHeld > 0
 }
-
-// handle draws the conclusions from a kick's answer, and reports whether another kick may send more.
-func (q *Queue) handle(errno unix.Errno) (again bool) {
-	switch errno {
-	case 0, unix.EAGAIN, unix.EINTR: // EAGAIN: the budget is used up, or there is no room
-		q.down = false
-		return true
-	case unix.EBUSY, unix.EOVERFLOW: // the device dropped one packet; the kernel goes on behind it
-		q.down = false
-		q.txErrors++
-		return true
-	case unix.ENETDOWN, unix.ENXIO, unix.ENODEV: // link down; device unbound
-		q.down = true
-	default: // ENOBUFS, ENOMEM: later
-		q.down = false
-	}
-	return false
-}
-
-// TxErrors is how many packets the device dropped after the kernel had taken them (a full queueing discipline or ring of the device).
-func (q *Queue) TxErrors() uint64 { return q.txErrors }

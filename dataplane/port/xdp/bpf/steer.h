@@ -202,21 +202,39 @@ static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *
 }
 
 /*
- * steer_stale reports whether the worker that owns queue stopped. The coarse clock is a few nanoseconds to read and a few milliseconds
- * behind, and a beat may be newer than the clock that was read before it: hence the signed comparison.
+ * steer_worker_stale reports whether a worker stopped. The coarse clock is a few nanoseconds to read and a few milliseconds behind, and a
+ * beat may be newer than the clock that was read before it: hence the signed comparison.
  */
-static __always_inline int steer_stale(const struct steer_config *cfg, __u32 queue)
+static __always_inline int steer_worker_stale(const struct steer_config *cfg, __u32 worker)
 {
-	__u32 workers = cfg->workers, slot;
-	__u64 *beat;
+	__u32 slot = worker * STEER_HEARTBEAT_STRIDE;
+	__u64 *beat = bpf_map_lookup_elem(&heartbeats, &slot);
 
-	if (!cfg->heartbeat_limit_ns || !workers)
-		return 0;
-	slot = queue % workers * STEER_HEARTBEAT_STRIDE;
-	beat = bpf_map_lookup_elem(&heartbeats, &slot);
 	if (!beat)
 		return 1;
 	return (__s64)(bpf_ktime_get_coarse_ns() - *(volatile __u64 *)beat) > (__s64)cfg->heartbeat_limit_ns;
+}
+
+/* steer_stale reports whether the worker that owns queue stopped. */
+static __always_inline int steer_stale(const struct steer_config *cfg, __u32 queue)
+{
+	__u32 workers = cfg->workers;
+
+	if (!cfg->heartbeat_limit_ns || !workers)
+		return 0;
+	return steer_worker_stale(cfg, queue % workers);
+}
+
+/* steer_all_stale reports whether every worker stopped: for hooks that do not know which of them a frame will go to. */
+static __always_inline int steer_all_stale(const struct steer_config *cfg)
+{
+	if (!cfg->heartbeat_limit_ns || !cfg->workers)
+		return 0;
+	for (__u32 i = 0; i < STEER_MAX_WORKERS && i < cfg->workers; i++) {
+		if (!steer_worker_stale(cfg, i))
+			return 0;
+	}
+	return 1;
 }
 
 #endif

@@ -83,8 +83,10 @@ type AttachPodRequest struct {
 	// interface is the device's name in the pod; empty is "eth0".
 	Interface string `protobuf:"bytes,3,opt,name=interface,proto3" json:"interface,omitempty"`
 	// ipv4 and ipv6 are the pod's addresses, from the node's own blocks; at least one. Given both, both must end in the same index within their block.
-	Ipv4          string `protobuf:"bytes,4,opt,name=ipv4,proto3" json:"ipv4,omitempty"`
-	Ipv6          string `protobuf:"bytes,5,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	Ipv4 string `protobuf:"bytes,4,opt,name=ipv4,proto3" json:"ipv4,omitempty"`
+	Ipv6 string `protobuf:"bytes,5,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	// kind of the device: "tap", "veth", or empty for the node's default (OVERPLANE_POD_PORT).
+	Kind          string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -150,6 +152,13 @@ func (x *AttachPodRequest) GetIpv4() string {
 func (x *AttachPodRequest) GetIpv6() string {
 	if x != nil {
 		return x.Ipv6
+	}
+	return ""
+}
+
+func (x *AttachPodRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
 	}
 	return ""
 }
@@ -2005,13 +2014,14 @@ var File_overplane_control_v1_local_proto protoreflect.FileDescriptor
 
 const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\n" +
-	" overplane/control/v1/local.proto\x12\x14overplane.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a overplane/control/v1/state.proto\"\x82\x01\n" +
+	" overplane/control/v1/local.proto\x12\x14overplane.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a overplane/control/v1/state.proto\"\x96\x01\n" +
 	"\x10AttachPodRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05netns\x18\x02 \x01(\tR\x05netns\x12\x1c\n" +
 	"\tinterface\x18\x03 \x01(\tR\tinterface\x12\x12\n" +
 	"\x04ipv4\x18\x04 \x01(\tR\x04ipv4\x12\x12\n" +
-	"\x04ipv6\x18\x05 \x01(\tR\x04ipv6\"@\n" +
+	"\x04ipv6\x18\x05 \x01(\tR\x04ipv6\x12\x12\n" +
+	"\x04kind\x18\x06 \x01(\tR\x04kind\"@\n" +
 	"\x11AttachPodResponse\x12+\n" +
 	"\x03pod\x18\x01 \x01(\v2\x19.overplane.control.v1.PodR\x03pod\"&\n" +
 	"\x10DetachPodRequest\x12\x12\n" +

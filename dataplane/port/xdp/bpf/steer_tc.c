@@ -1,0 +1,72 @@
+//go:build ignore
+
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * The tc hooks of the steering, for uplinks that are driven through a device of the TUN/TAP driver:
+ *
+ *	wire -> uplink's ingress, after GRO: whole frames --- not ours ---> next program, kernel's stack
+ *	                 | ours
+ *	                 v
+ *	        device, transmitted = readable by a worker
+ *
+ *	worker writes -> device's ingress --- all of it ---> uplink, transmitted: the NIC segments
+ *
+ * A frame keeps its Ethernet header, its GSO metadata and its unfinished checksum both ways, and no kernel table is asked. Without a
+ * reader the device has no carrier and drops.
+ */
+#include "steer.h"
+
+/* The values of enum tcx_action_base (Linux 6.6), which cls_bpf in direct-action mode understands as well. */
+#define ACT_NEXT -1 /* the next program or filter decides */
+#define ACT_SHOT 2
+
+/* Set before loading. */
+volatile const __u32 uplink_ifindex;
+volatile const __u32 device_ifindex;
+
+#define STEER_HEADERS (ETH_HLEN + 40) /* what steer_decide reads at most */
+
+SEC("tc")
+int overplane_tc_in(struct __sk_buff *skb)
+{
+	struct steer_config *cfg = steer_get_config();
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	__u32 verdict;
+
+	if (!cfg)
+		return ACT_NEXT;
+	/* The kernel took the tag out of the frame: it is a VLAN device's. */
+	if (skb->vlan_present) {
+		steer_count(STEER_PASSED);
+		return ACT_NEXT;
+	}
+	/* Drivers may leave headers in pages, out of a program's reach. */
+	if (data + STEER_HEADERS > data_end) {
+		__u32 want = skb->len < STEER_HEADERS ? skb->len : STEER_HEADERS;
+
+		bpf_skb_pull_data(skb, want);
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+	}
+	verdict = steer_decide(cfg, data, data_end);
+	/* The device chooses the queue, by flow, and with it the worker: what it cannot deliver it drops. */
+	if (verdict == STEER_REDIRECTED && steer_all_stale(cfg))
+		verdict = STEER_DROPPED_STALE;
+	steer_count(verdict);
+	switch (verdict) {
+	case STEER_REDIRECTED:
+		return bpf_redirect(device_ifindex, 0);
+	case STEER_PASSED:
+	case STEER_PASSED_OTHER_MAC:
+		return ACT_NEXT;
+	}
+	return ACT_SHOT;
+}
+
+SEC("tc")
+int overplane_tc_out(struct __sk_buff *skb)
+{
+	return bpf_redirect(uplink_ifindex, 0);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
