@@ -251,9 +251,11 @@ func (w *Worker) push(out *slot, chain []port.Frame) {
 	if len(out.queue) == 0 {
 		w.touched = append(w.touched, out)
 	}
-	for i := range chain { // mostly one: a loop costs less than the call append makes of a slice
-		out.queue = append(out.queue, chain[i])
+	if len(chain) == 1 { // mostly: storing one costs less than the call append makes of a slice
+		out.queue = append(out.queue, chain[0])
+		return
 	}
+	out.queue = append(out.queue, chain...)
 }
 
 // flush hands every touched port its queue.

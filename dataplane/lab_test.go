@@ -56,8 +56,7 @@ type node struct {
 
 type nodeOption func(*node)
 
-func withUplinkCaps(c port.Caps) nodeOption { return func(n *node) { n.linkCaps = c } }
-func withPodCaps(c port.Caps) nodeOption    { return func(n *node) { n.podCaps = c } }
+func withPodCaps(c port.Caps) nodeOption { return func(n *node) { n.podCaps = c } }
 
 func newNode(t testing.TB, options ...nodeOption) *node {
 	n := &node{t: t, podCaps: tapCaps, linkCaps: noCaps}
@@ -185,15 +184,14 @@ func (n *node) sent(p *mem.Port) mem.Packet {
 // Packets, made by gopacket: an implementation that is not ours.
 
 type ip struct {
-	src, dst   string
-	ttl        uint8
-	df         bool
-	ethSrc     packet.MAC
-	ethDst     packet.MAC
-	l4         []gopacket.SerializableLayer
-	payload    []byte
-	proto      layers.IPProtocol
-	noEthernet bool
+	src, dst string
+	ttl      uint8
+	df       bool
+	ethSrc   packet.MAC
+	ethDst   packet.MAC
+	l4       []gopacket.SerializableLayer
+	payload  []byte
+	proto    layers.IPProtocol
 }
 
 func (p ip) bytes(t testing.TB) []byte {

@@ -52,8 +52,7 @@ type Worker struct {
 	verdicts [batch * 2]Verdict
 	made     [port.MaxChain]port.Frame // scratch: frames the worker made
 	touched  []*slot
-	fetched  byte // with resolved: keeps the compiler from dropping loads whose values nobody needs
-	resolved uint16
+	fetched  byte // keeps the compiler from dropping the loads of fetch
 
 	coalescer packet.Coalescer
 	held      int
