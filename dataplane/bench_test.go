@@ -17,22 +17,25 @@ import (
 // are set back; hop limits run down, and the benchmark renews the frames before they are used up. FIFO order keeps frames random in memory.
 type loop struct {
 	pool   *port.Pool
-	ring   []port.Frame
-	head   int
+	ring   []port.Frame // as many as are in flight, a multiple of a batch: neither copy wraps around
+	head   int          // next to receive; also where transmitted frames go
 	header [12]byte
+	rounds int // how often the ring went round
 }
 
 func (q *loop) Receive(frames []port.Frame) int {
-	n := copy(frames[:batch], q.ring[q.head:])
-	q.head += n
-	return n
+	return copy(frames[:batch], q.ring[q.head:])
 }
 
 func (q *loop) Transmit(frames []port.Frame) (int, port.TxStatus) {
 	for i := range frames {
 		*(*[12]byte)(q.pool.Bytes(&frames[i])) = q.header
 	}
-	q.ring = append(q.ring, frames...)
+	copy(q.ring[q.head:], frames)
+	if q.head += len(frames); q.head == len(q.ring) {
+		q.head = 0
+		q.rounds++
+	}
 	return len(frames), port.TxOK
 }
 
@@ -150,7 +153,7 @@ func benchmarkPoll(b *testing.B, family, inflight int, to string) {
 	}
 	random.Shuffle(len(own), func(i, j int) { own[i], own[j] = own[j], own[i] })
 	renew := func() {
-		src.ring, src.head = src.ring[:0], 0
+		src.ring, src.head, src.rounds = src.ring[:0], 0, 0
 		for i, f := range own {
 			f.Len = uint32(len(templates[i]))
 			copy(pool.Bytes(&f), templates[i])
@@ -158,7 +161,7 @@ func benchmarkPoll(b *testing.B, family, inflight int, to string) {
 		}
 	}
 	const rounds = 60
-	src.ring = make([]port.Frame, 0, inflight*(rounds+2))
+	src.ring = make([]port.Frame, 0, inflight)
 	d, err := New(Config{Workers: []WorkerConfig{{Pool: pool, CPU: -1}}})
 	require.NoError(b, err)
 	d.Publish(s)
@@ -167,7 +170,7 @@ func benchmarkPoll(b *testing.B, family, inflight int, to string) {
 	b.ReportAllocs()
 	b.ResetTimer()
 	for done := 0; done < b.N; {
-		if src.head >= inflight*rounds {
+		if src.rounds >= rounds {
 			b.StopTimer()
 			renew()
 			b.StartTimer()

@@ -8,8 +8,8 @@ import (
 )
 
 // parseOffload checks what a frame's sender left unfinished and notes the frame's segments. p.Reason says what is wrong with it, if anything.
-func (w *Worker) parseOffload(n int, chain []port.Frame, total int) {
-	p, f := &w.packets[n], &chain[0]
+func (w *Worker) parseOffload(j *journey, chain []port.Frame, total int) {
+	p, f := &j.packet, &chain[0]
 	if p.Reason != drop.None {
 		return
 	}
@@ -17,8 +17,8 @@ func (w *Worker) parseOffload(n int, chain []port.Frame, total int) {
 	p.Reason = packet.CheckOffload(p, w.pool.Bytes(f), w.rest(chain), &o)
 	f.Offload = port.Offload(o)
 	if p.Reason == drop.None && o.GSO != port.GSONone {
-		w.segments[n] = segmentsOf(f, total)
-		w.size[n] = uint32(p.Payload-p.L3) + uint32(o.SegmentSize)
+		j.segments = segmentsOf(f, total)
+		j.size = uint32(p.Payload-p.L3) + uint32(o.SegmentSize)
 	}
 }
 
@@ -48,13 +48,13 @@ func (w *Worker) rewrite(v *Verdict, adj *fib.Adjacency, p *packet.Packet, f *po
 }
 
 // enqueue puts packet i of the batch into the queue of its port, in a form the port takes. The packet's headers are final.
-func (w *Worker) enqueue(out *slot, i int, chain []port.Frame) {
+func (w *Worker) enqueue(out *slot, j *journey, i int, chain []port.Frame) {
 	f := &chain[0]
 	switch {
 	case out.tx == nil:
-		w.dropOut(out, drop.PortDown, chain, w.segments[i])
+		w.dropOut(out, drop.PortDown, chain, j.segments)
 	case f.Offload.Flags|f.Offload.GSO != 0 || len(chain) > 1:
-		w.enqueueLarge(out, i, chain)
+		w.enqueueLarge(out, j, i, chain)
 	case out.accept != 0:
 		w.hold(out, i, f, out.accept)
 	default:
@@ -63,8 +63,8 @@ func (w *Worker) enqueue(out *slot, i int, chain []port.Frame) {
 }
 
 // enqueueLarge is enqueue for packets that are unfinished or in several frames.
-func (w *Worker) enqueueLarge(out *slot, i int, chain []port.Frame) {
-	p, f := &w.packets[i], &chain[0]
+func (w *Worker) enqueueLarge(out *slot, j *journey, i int, chain []port.Frame) {
+	p, f := &j.packet, &chain[0]
 	total, _ := port.PacketLen(chain)
 	unfinished := f.Offload.Flags&port.NeedsChecksum != 0
 	if f.Offload.GSO != port.GSONone && !out.takes(f.Offload.GSO) {
@@ -80,7 +80,7 @@ func (w *Worker) enqueueLarge(out *slot, i int, chain []port.Frame) {
 	}
 	switch {
 	case total > out.caps.MaxFrame || len(chain) > 1 && f.Offload.GSO == port.GSONone && !out.caps.Chains:
-		w.dropOut(out, drop.FrameTooLong, chain, w.segments[i])
+		w.dropOut(out, drop.FrameTooLong, chain, j.segments)
 	case out.accept != 0:
 		w.hold(out, i, f, 0)
 	default:
@@ -206,7 +206,7 @@ const _ = uint(packet.MaxCoalesce - 2*batch) // the coalescer has room for whate
 
 // hold gives packet i of the batch to the coalescer, which returns it when the batch is flushed, perhaps as part of a train.
 func (w *Worker) hold(out *slot, i int, f *port.Frame, accept packet.Accept) {
-	w.coalescer.Add(&w.packets[i], w.pool.Bytes(f), uint32(out.index), accept, uint32(i))
+	w.coalescer.Add(&w.journeys[i].packet, w.pool.Bytes(f), uint32(out.index), accept, uint32(i))
 	w.held++
 }
 
@@ -225,7 +225,7 @@ func (w *Worker) release() {
 	w.held = 0
 	var t packet.Train
 	for w.coalescer.Next(&t) {
-		out, chain := w.slots[t.Out], w.batch[w.heads[t.Handle]:w.heads[t.Handle+1]]
+		out, chain := w.slots[t.Out], w.journeys[t.Handle].chain(w.batch)
 		if t.Segments <= 1 {
 			w.push(out, chain)
 			continue
@@ -233,7 +233,7 @@ func (w *Worker) release() {
 		chain[0].Offload = port.Offload(w.coalescer.Finish(&t, w.pool.Bytes(&chain[0])))
 		train := append(w.made[:0], chain[0])
 		for h, off, n, ok := w.coalescer.NextSegment(&t); ok; h, off, n, ok = w.coalescer.NextSegment(&t) {
-			f := w.batch[w.heads[h]]
+			f := w.batch[w.journeys[h].first]
 			f.Off, f.Len = f.Off+uint32(off), uint32(n)
 			train[len(train)-1].Flags |= port.More
 			train = append(train, f)

@@ -30,31 +30,30 @@ func (w *Worker) forward(in *slot, frames []port.Frame) {
 	w.flush()
 }
 
-// parse fills packets[:n], heads[:n] (the index of each packet's first frame; heads[n] ends the last) and the packets' sizes and segments.
+// parse fills journeys[:n], up to the verdicts.
 func (w *Worker) parse(in *slot, frames []port.Frame) (n int) {
 	w.fetch(frames)
 	var traffic Traffic // in registers, not in memory, while the batch is counted
 	for i := 0; i < len(frames); n++ {
-		f, p := &frames[i], &w.packets[n]
-		w.heads[n] = uint16(i)
-		total, length := int(f.Len), 1
+		f, j := &frames[i], &w.journeys[n]
+		total := int(f.Len)
+		j.first, j.frames = uint16(i), 1
 		if f.Flags&port.More != 0 {
-			total, length = port.PacketLen(frames[i:])
+			bytes, frames := port.PacketLen(frames[i:])
+			total, j.frames = bytes, uint16(frames)
 		}
-		chain := frames[i : i+length]
-		i += length
-		packet.Parse(p, w.pool.Bytes(f), total)
-		w.size[n], w.segments[n] = p.Length, 1
+		i += int(j.frames)
+		packet.Parse(&j.packet, w.pool.Bytes(f), total)
+		j.size, j.segments = j.packet.Length, 1
 		if f.Offload.Flags|f.Offload.GSO != 0 {
-			w.parseOffload(n, chain, total)
+			w.parseOffload(j, j.chain(frames), total)
 		}
 		traffic.Frames++
-		traffic.Packets += uint64(w.segments[n])
+		traffic.Packets += uint64(j.segments)
 		traffic.Bytes += uint64(total)
 	}
 	in.in.add(&traffic)
 	w.received += traffic.Packets
-	w.heads[n] = uint16(len(frames))
 	return n
 }
 
@@ -68,22 +67,24 @@ func (w *Worker) fetch(frames []port.Frame) {
 	w.fetched = sum
 }
 
-// decide fills verdicts[:n].
+// decide fills in the verdicts of journeys[:n].
 func (w *Worker) decide(in *slot, n int) {
-	for i := range w.packets[:n] {
-		Decide(w.snap, in.info, &w.packets[i], w.size[i], &w.verdicts[i])
+	for i := range w.journeys[:n] {
+		j := &w.journeys[i]
+		Decide(w.snap, in.info, &j.packet, j.size, &j.verdict)
 	}
 }
 
 // execute does to each packet what was decided.
 func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
-	for i := range w.verdicts[:n] {
-		v, p, chain := &w.verdicts[i], &w.packets[i], frames[w.heads[i]:w.heads[i+1]]
+	for i := range w.journeys[:n] {
+		j := &w.journeys[i]
+		v, p, chain := &j.verdict, &j.packet, j.chain(frames)
 		switch v.Action {
 		case Forward:
 			adj := w.snap.FIB.Adjacency(v.Adjacency)
 			w.rewrite(v, adj, p, &chain[0])
-			w.enqueue(w.slots[adj.Port], i, chain)
+			w.enqueue(w.slots[adj.Port], j, i, chain)
 		case Fragment:
 			adj := w.snap.FIB.Adjacency(v.Adjacency)
 			w.rewrite(v, adj, p, &chain[0])
@@ -94,7 +95,7 @@ func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
 			if v.Error != icmp.None {
 				w.sendError(v, p, in.info, &chain[0])
 			}
-			in.dropsIn[v.Reason] += uint64(w.segments[i])
+			in.dropsIn[v.Reason] += uint64(j.segments)
 			w.pool.FreeAll(chain)
 		}
 	}
@@ -134,11 +135,13 @@ func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict
 		return
 	}
 
-	if v.Reason = sourceAllowed(s, in, p); v.Reason != drop.None {
-		if linkLocal(p.Src) {
-			decideLink(s, in, p, v)
+	if in.Kind != PortPod || p.Src != in.Addr4 && p.Src != in.Addr6 {
+		if v.Reason = sourceAllowed(s, in, p); v.Reason != drop.None {
+			if linkLocal(p.Src) {
+				decideLink(s, in, p, v)
+			}
+			return
 		}
-		return
 	}
 
 	route := s.FIB.Lookup(p.Dst)
@@ -200,14 +203,11 @@ func (s *Snapshot) ethernetAddress(in *PortInfo) packet.MAC {
 	return s.GatewayMAC
 }
 
-// sourceAllowed checks that the packet's source may send from this port: pods only from their own addresses, the host only from its
+// sourceAllowed says what is wrong with the packet's source, if anything. Pods may send only from their own addresses, the host only from its
 // own, and other nodes only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path).
 func sourceAllowed(s *Snapshot, in *PortInfo, p *packet.Packet) drop.Reason {
 	switch in.Kind {
-	case PortPod:
-		if p.Src == in.Addr4 || p.Src == in.Addr6 {
-			return drop.None
-		}
+	case PortPod: // Decide has compared the addresses
 		return drop.SourceNotPods
 	case PortUplink:
 		back := s.FIB.Lookup(p.Src)

@@ -45,11 +45,7 @@ type Worker struct {
 	// One batch on its journey.
 	batch    []port.Frame
 	frames   [batch * 2]port.Frame
-	heads    [batch*2 + 1]uint16
-	packets  [batch * 2]packet.Packet
-	size     [batch * 2]uint32 // largest IP packet a frame stands for
-	segments [batch * 2]uint32 // packets a frame stands for
-	verdicts [batch * 2]Verdict
+	journeys [batch * 2]journey
 	made     [port.MaxChain]port.Frame // scratch: frames the worker made
 	touched  []*slot
 	fetched  byte // keeps the compiler from dropping the loads of fetch
@@ -62,6 +58,20 @@ type Worker struct {
 	answers                           Answers
 	icmpErrors                        [icmp.NumErrors]uint64
 	icmpRefused, generated            uint64
+}
+
+// journey is one packet of a batch on its way through the stages.
+type journey struct {
+	packet        packet.Packet
+	verdict       Verdict
+	size          uint32 // of the largest IP packet it stands for
+	segments      uint32 // packets it stands for: 1, or those of a GSO frame
+	first, frames uint16 // where it lies in the batch
+}
+
+// chain is the packet's frames, of those of its batch.
+func (j *journey) chain(batch []port.Frame) []port.Frame {
+	return batch[j.first : j.first+j.frames]
 }
 
 // source is a queue packets are received from, and its slot.
@@ -104,6 +114,13 @@ func (s *slot) takes(gso uint8) bool {
 
 // account counts packets the device took.
 func (s *slot) account(frames []port.Frame) {
+	var plain, bytes uint64
+	for len(frames) > 0 && frames[0].Flags == 0 && frames[0].Offload.GSO == port.GSONone {
+		plain++
+		bytes += uint64(frames[0].Len)
+		frames = frames[1:]
+	}
+	s.sent.add(&Traffic{Frames: plain, Packets: plain, Bytes: bytes})
 	for len(frames) > 0 {
 		bytes, n := int(frames[0].Len), 1
 		if frames[0].Flags&port.More != 0 {

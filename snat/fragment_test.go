@@ -322,3 +322,33 @@ func TestFragmentHash(t *testing.T) {
 		require.Len(t, hashes, 4)
 	}
 }
+
+// A fragment that comes after the first one, but before those that wait have been released, waits behind them.
+func TestFragmentsKeepTheirOrder(t *testing.T) {
+	forFamilies(t, Config{}, func(t *testing.T, w *world) {
+		frames := datagramFrames(w.to(0, udp, 4000, 0, 53), 120, 32, 7)
+		require.Len(t, frames, 4)
+		track := func(i int) (p packet.Packet, fv FragmentView, a FragmentAction) {
+			p = w.parse(frames[i])
+			w.tr.Fragment(&p, 0, &fv)
+			return p, fv, w.tr.TrackFragment(&p, &fv, uint64(i))
+		}
+		_, _, a := track(2)
+		require.Equal(t, FragmentHold, a)
+		_, fv, a := track(0)
+		require.Equal(t, FragmentPass, a)
+		_, _, a = track(1)
+		require.Equal(t, FragmentHold, a)
+		for _, want := range []uint64{2, 1} {
+			h, ok := w.tr.ReleaseFragment(&fv)
+			require.True(t, ok)
+			require.Equal(t, want, h)
+			_, _, a = track(int(h))
+			require.Equal(t, FragmentPass, a)
+		}
+		_, ok := w.tr.ReleaseFragment(&fv)
+		require.False(t, ok)
+		_, _, a = track(3)
+		require.Equal(t, FragmentPass, a)
+	})
+}

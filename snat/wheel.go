@@ -32,7 +32,7 @@ func (w *wheel) link(recs []record, n uint32) {
 	}
 	var b uint32
 	switch d := at - w.cur; {
-	case d < wheelSlots:
+	case d <= wheelSlots: // the slot of cur itself is done, and comes up again in wheelSlots ticks
 		b = at & (wheelSlots - 1)
 	case d < wheelSlots*(wheelSlots-1):
 		b = wheelSlots + at>>8&(wheelSlots-1)
@@ -80,7 +80,8 @@ func (t *Translator) expireTable(tb *table, now uint32, budget int) int {
 	return budget
 }
 
-// drain empties a slot: what is over ends, what was extended moves to its new place, which is never the same slot.
+// drain empties a slot, that of tick cur+1: what is over ends, what was extended moves to its new place. That is never the same slot: in the lower level
+// it would be cur+1+wheelSlots, which belongs to the upper; in the upper, a tick of the same block, which belongs to the lower.
 func (t *Translator) drain(tb *table, slot, now uint32, budget int) int {
 	w := &tb.wheel
 	for budget > 0 {
