@@ -63,7 +63,7 @@ type Config struct {
 	LargeFrames int `env:"LARGE_FRAMES" envDefault:"64" allowed:"8 to 8192"`
 
 	// Descriptors in each ring of the uplink. Every worker needs frames for the rings of all its queues.
-	RingSize int `env:"RING_SIZE" envDefault:"2048" allowed:"256 to 32768, a power of two"`
+	RingSize int `env:"RING_SIZE" envDefault:"4096" allowed:"256 to 32768, a power of two"`
 
 	// Packets the kernel transmits in one system call in copy mode (XDP_MAX_TX_SKB_BUDGET, Linux 6.17). 0: the kernel's own default, 32.
 	TXBudget int `env:"TX_BUDGET" envDefault:"64" allowed:"0, or 32 to 4096 and at most RING_SIZE"`

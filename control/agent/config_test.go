@@ -16,7 +16,7 @@ func TestConfigDefaultsAreValid(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, warnings)
 	require.Equal(t, "n1", cfg.NodeName)
-	require.Equal(t, 2048, cfg.RingSize, "an empty variable is one that is not set")
+	require.Equal(t, 4096, cfg.RingSize, "an empty variable is one that is not set")
 	require.Equal(t, FileMode(0o660), cfg.SocketMode)
 	require.Equal(t, ModeAuto, cfg.UplinkMode)
 }

@@ -102,6 +102,9 @@ func (a *Agent) uplinkMessage() *controlv1.Uplink {
 	if a.steering != nil {
 		m.Steering, _ = a.steering.Counters() // a map that cannot be read leaves the counters out
 	}
+	if p, ok := a.uplink.Port.(interface{ Lost() map[string]uint64 }); ok && m.Steering != nil {
+		maps.Copy(m.Steering, p.Lost()) // what the program let through and the socket had no room for
+	}
 	return m
 }
 

@@ -166,6 +166,22 @@ func (p *Port) Granted() string {
 // WhyNotMore is what the kernel refused on the way to what was granted; nil if the first attempt was granted.
 func (p *Port) WhyNotMore() error { return p.why }
 
+// Lost counts, by name and over all queues, the frames that the kernel dropped on the way into or out of the sockets, where no worker saw them. A system
+// call a queue; from any goroutine while the port is open. Queues whose counters cannot be read are left out.
+func (p *Port) Lost() map[string]uint64 {
+	lost := map[string]uint64{"socket_full": 0, "socket_invalid": 0}
+	for _, q := range p.queues {
+		s, err := q.Stats()
+		if err != nil {
+			continue
+		}
+		// In copy mode, RxDropped includes the frames of FillRingEmpty.
+		lost["socket_full"] += max(s.RxDropped, s.FillRingEmpty) + s.RxRingFull
+		lost["socket_invalid"] += s.RxInvalid + s.TxInvalid
+	}
+	return lost
+}
+
 // Close closes the sockets, which removes them from the steering. Frames that the kernel holds are lost with
 // their pools, unless their workers call [Queue.Recover].
 func (p *Port) Close() error {

@@ -1019,7 +1019,7 @@ type Uplink struct {
 	GatewayMacIpv6 string         `protobuf:"bytes,13,opt,name=gateway_mac_ipv6,json=gatewayMacIpv6,proto3" json:"gateway_mac_ipv6,omitempty"`
 	// underlay is "direct" or "routed".
 	Underlay string `protobuf:"bytes,14,opt,name=underlay,proto3" json:"underlay,omitempty"`
-	// steering counts what the program on the interface did, by name.
+	// steering counts, by name, what the program on the interface did, and what the AF_XDP sockets behind it had no room for (socket_full).
 	Steering      map[string]uint64 `protobuf:"bytes,15,rep,name=steering,proto3" json:"steering,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
