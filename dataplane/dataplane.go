@@ -14,6 +14,7 @@ import (
 
 	"github.com/overplane/overplane/dataplane/icmp"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // How an idle worker behaves.
@@ -31,6 +32,10 @@ type WorkerConfig struct {
 	Pool      *port.Pool // its frames; the worker is its owner from Start (or the first Poll) on
 	CPU       int        // core to pin the thread to; -1: any
 	Heartbeat *uint64    // where to store CLOCK_MONOTONIC nanoseconds on every poll; nil: nowhere
+
+	// Translator translates what leaves the cluster; the worker is its owner from Start (or the first Poll) on, tells it the node's addresses and the pods, and does not close it.
+	// nil: pods' packets for the outside are dropped.
+	Translator *snat.Translator
 }
 
 // Config configures a data plane.
@@ -72,7 +77,10 @@ func New(cfg Config) (*Dataplane, error) {
 		w := &Worker{
 			index: i, cpu: wc.CPU, of: len(cfg.Workers), pool: wc.Pool, log: d.log.With("worker", i),
 			published: &d.snapshot, heartbeat: wc.Heartbeat, clock: clock{start: start, base: ts.Nano()},
-			limiter: icmp.NewLimiter(icmp.Limits{}),
+			limiter: icmp.NewLimiter(icmp.Limits{}), translator: wc.Translator,
+		}
+		if w.translator != nil {
+			w.waiting.init(w.translator.Config().HeldFragments)
 		}
 		if err := w.wait.open(); err != nil {
 			return nil, err
@@ -92,6 +100,9 @@ func (d *Dataplane) Publish(s *Snapshot) uint64 {
 		if p := s.FIB.Adjacency(uint32(i)).Port; int(p) >= len(s.Ports) {
 			panic(fmt.Sprintf("dataplane: adjacency %d names slot %d of %d", i, p, len(s.Ports)))
 		}
+	}
+	for i := FirstPodSlot; i < len(s.Ports); i++ {
+		s.Ports[i].Pod = i - FirstPodSlot
 	}
 	d.generation++
 	s.Generation = d.generation

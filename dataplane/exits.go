@@ -14,6 +14,11 @@ func (w *Worker) sendError(v *Verdict, p *packet.Packet, in *PortInfo, f *port.F
 	back := s.FIB.Lookup(p.Src)
 	switch back.Kind() {
 	case fib.Pod, fib.Node, fib.Member, fib.Host:
+	case fib.Outside: // about a packet that was for a pod by the node's address
+		if in.Kind != PortUplink {
+			w.icmpRefused++
+			return
+		}
 	default:
 		w.icmpRefused++
 		return

@@ -4,8 +4,10 @@
 // through these stages, the whole batch through each:
 //
 //	parse    what is it?                                         packet.Parse: a value, malformed or not
-//	decide   who sent it, where to, does it fit?                 Decide: a function of (snapshot, port, packet) without side effects
+//	decide   who sent it, where to, does it fit?                 Decide: a function of (snapshot, sessions, port, packet) without side effects
 //	execute  rewrite it and put it into the queue of its port    or answer it, fragment it, drop it with its one reason
+//	         translated first, if it leaves the cluster or
+//	         comes back                                          translate.go; what a session is, package snat
 //	flush    hand each touched port what is queued for it        once a batch
 //
 // Every packet ends in exactly one of: sent to a port (the host's is one), answered, one drop reason. ICMP errors leave by a second exit
@@ -20,6 +22,7 @@ import (
 	"github.com/overplane/overplane/dataplane/icmp"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // forward takes the frames received from one port through their journey. It owns them from here.
@@ -71,7 +74,7 @@ func (w *Worker) fetch(frames []port.Frame) {
 func (w *Worker) decide(in *slot, n int) {
 	for i := range w.journeys[:n] {
 		j := &w.journeys[i]
-		Decide(w.snap, in.info, &j.packet, j.size, &j.verdict)
+		Decide(w.snap, w.translator, in.info, &j.packet, w.pool.Bytes(&w.batch[j.first]), j.size, &j.verdict)
 	}
 }
 
@@ -80,6 +83,9 @@ func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
 	for i := range w.journeys[:n] {
 		j := &w.journeys[i]
 		v, p, chain := &j.verdict, &j.packet, j.chain(frames)
+		if v.Translation != NoTranslation && v.Reason == drop.None && !w.translate(in, j, chain) {
+			continue
+		}
 		switch v.Action {
 		case Forward:
 			adj := w.snap.FIB.Adjacency(v.Adjacency)
@@ -91,6 +97,8 @@ func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
 			w.fragment(w.slots[adj.Port], int(adj.MTU), p, chain)
 		case Answer:
 			w.answer(in, p, chain)
+		case Return:
+			w.enqueue(w.slots[HostSlot], j, i, chain)
 		default:
 			if v.Error != icmp.None {
 				w.sendError(v, p, in.info, &chain[0])
@@ -110,22 +118,47 @@ const (
 	Forward                // it leaves by Verdict.Adjacency
 	Fragment               // the same, in fragments of the adjacency's MTU
 	Answer                 // the data plane is its destination: ARP, neighbour discovery, ping of the gateway
+	Return                 // it is the node's own: back as it came, by the host port to where the uplink's packets enter the kernel
+	Wait                   // a fragment whose datagram's first has not come yet
 )
 
-// Verdict is the decision on one packet.
+// Translation is how a packet's addresses change before it goes its way.
+type Translation uint8
+
+// The translations. Verdict.Action is what follows; a packet with a Reason is not translated.
+const (
+	NoTranslation    Translation = iota
+	TranslateOut                 // the source becomes the node's, by Verdict.View
+	TranslateIn                  // the destination becomes the pod's, by Verdict.View
+	TranslateHairpin             // both: from a pod to another by the node's address. Where it leads is known only afterwards
+	TrackFragment                // neither, but others of its datagram will ask
+)
+
+// Verdict is the decision on one packet, and what translation said on the way to it.
 type Verdict struct {
+	Decision
+	View     snat.View         // set by TranslateOut, TranslateIn and TranslateHairpin
+	Fragment snat.FragmentView // set if Decision.Fragmented
+}
+
+// Decision is what becomes of one packet.
+type Decision struct {
 	Adjacency uint32 // index in the snapshot's FIB; Forward and Fragment
 	Action    Action
 	Reason    drop.Reason // Drop
 	Error     icmp.Error  // Drop: the ICMP error its source deserves, or icmp.None
 	Decrement bool        // the packet is routed here: its TTL or hop limit goes down by one
 	MTU       uint16      // Drop: the MTU to tell with fragment needed and packet too big
+
+	Translation Translation
+	Fragmented  bool // Verdict.Fragment says what the fragment is part of
 }
 
-// Decide decides on a packet that came in from a port: side-effect free, so that the same code forwards, explains and replays. size is the length of
-// the largest IP packet the frame stands for: its own, or that of a GSO frame's segments. The verdict is overwritten.
-func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict) {
-	*v = Verdict{}
+// Decide decides on a packet that came in from a port: side-effect free, so that the same code forwards, explains and replays. t is asked about sessions; nil: nothing is
+// translated. p was parsed from frame, the packet's first buffer; ports that a fragment lacks are filled in. size is the length of the largest IP packet the frame stands
+// for: its own, or that of a GSO frame's segments. The decision is overwritten.
+func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, frame []byte, size uint32, v *Verdict) {
+	v.Decision = Decision{}
 	if p.Reason != drop.None {
 		v.Reason = p.Reason
 		return
@@ -135,7 +168,16 @@ func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict
 		return
 	}
 
-	if in.Kind != PortPod || p.Src != in.Addr4 && p.Src != in.Addr6 {
+	dst := p.Dst
+	if in.Kind == PortUplink && t != nil && s.isNode(dst) {
+		if decideInbound(s, t, p, frame, v); v.Translation == TranslateIn {
+			dst = v.View.Addr
+		} else if v.Action != Drop || v.Reason != drop.None {
+			return
+		}
+	}
+
+	if v.Translation != TranslateIn && (in.Kind != PortPod || p.Src != in.Addr4 && p.Src != in.Addr6) {
 		if v.Reason = sourceAllowed(s, in, p); v.Reason != drop.None {
 			if linkLocal(p.Src) {
 				decideLink(s, in, p, v)
@@ -144,7 +186,7 @@ func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict
 		}
 	}
 
-	route := s.FIB.Lookup(p.Dst)
+	route := s.FIB.Lookup(dst)
 	switch route.Kind() {
 	case fib.Pod:
 	case fib.Node:
@@ -157,13 +199,23 @@ func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict
 			v.Reason = drop.DestinationNotOurs
 			return
 		}
+		if in.Kind == PortPod && t != nil && s.isNode(dst) {
+			if decideHairpin(t, in, p, frame, v); v.Translation != NoTranslation || v.Reason != drop.None {
+				return
+			}
+		}
 	case fib.Member:
 		if in.Kind != PortPod {
 			v.Reason = drop.DestinationNotOurs
 			return
 		}
+		if t != nil && !s.NoSNAT && s.SNAT.Translate(dst) {
+			if decideOutbound(s, t, in, p, frame, v); v.Reason != drop.None || v.Action == Wait {
+				return
+			}
+		}
 	case fib.Outside:
-		if decideOutside(s, in, p, v); v.Reason != drop.None || v.Action == Answer {
+		if decideOutside(s, t, in, p, frame, v); v.Reason != drop.None || v.Action != Drop {
 			return
 		}
 	default:
@@ -195,6 +247,9 @@ func Decide(s *Snapshot, in *PortInfo, p *packet.Packet, size uint32, v *Verdict
 	}
 }
 
+// isNode reports whether the address is one of those that pods' packets leave the cluster with.
+func (s *Snapshot) isNode(a packet.Addr) bool { return a == s.Node4 || a == s.Node6 }
+
 // ethernetAddress is what frames received from the port must be addressed to.
 func (s *Snapshot) ethernetAddress(in *PortInfo) packet.MAC {
 	if in.Kind == PortUplink {
@@ -224,15 +279,104 @@ func sourceAllowed(s *Snapshot, in *PortInfo, p *packet.Packet) drop.Reason {
 }
 
 // decideOutside decides on a packet for an address that is nobody's in the cluster. It leaves Reason and Action alone if the packet may leave.
-func decideOutside(s *Snapshot, in *PortInfo, p *packet.Packet, v *Verdict) {
+func decideOutside(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, frame []byte, v *Verdict) {
 	switch {
 	case in.Kind != PortPod && !linkLocal(p.Dst):
 		v.Reason = drop.DestinationNotOurs
 	case linkLocal(p.Dst):
 		decideLink(s, in, p, v)
-	case !s.NoSNAT:
+	case s.NoSNAT:
+	case t == nil:
 		v.Reason, v.Error = drop.OutsideNoSNAT, icmp.AdminProhibited
+	default:
+		decideOutbound(s, t, in, p, frame, v)
 	}
+}
+
+// decideOutbound decides how a pod's packet leaves the cluster: with the node's address, unless the rules let it go as it is and no session says otherwise. It leaves
+// Reason and Action alone if the packet may leave.
+func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, frame []byte, v *Verdict) {
+	plain := !s.SNAT.Translate(p.Dst)
+	if p.Flags&packet.FlagFragment != 0 {
+		if plain || !decideFragment(t, in.Pod, p, v) {
+			return
+		}
+	}
+	t.Outbound(p, frame, in.Pod, &v.View)
+	switch {
+	case v.View.Action == snat.Translate, v.View.Action == snat.Create && !plain:
+		v.Translation = TranslateOut
+	case plain:
+	case v.View.Action == snat.Refuse:
+		v.Reason = v.View.Reason
+		if v.View.Unreachable {
+			v.Error = icmp.AdminProhibited
+		}
+	default: // a pinned flow's reply; nothing makes pins yet
+		v.Reason = drop.NATNoSession
+	}
+}
+
+// decideInbound decides on a packet from the uplink for the node's own address: to a pod if a session says so, to the kernel if it is none of ours. It leaves Reason and
+// Action alone if the packet is translated, or comes from another node's pod and goes on as any of those.
+func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []byte, v *Verdict) {
+	cluster := s.FIB.Lookup(p.Src).Kind() == fib.Node
+	if p.Flags&packet.FlagFragment != 0 && !cluster && !decideFragment(t, snat.NoPod, p, v) {
+		if v.Action != Wait { // too many are under way: it may be the kernel's, which has limits of its own
+			v.Action, v.Reason = Return, drop.None
+		}
+		return
+	}
+	t.Inbound(p, frame, &v.View)
+	switch v.View.Action {
+	case snat.Translate:
+		v.Translation = TranslateIn
+	case snat.Refuse:
+		v.Reason = v.View.Reason
+	default:
+		if !cluster {
+			v.Action = Return
+			if v.Fragmented {
+				v.Translation = TrackFragment
+			}
+		}
+	}
+}
+
+// decideHairpin decides on a packet from a pod for the node's address: to an external port it goes to the pod behind that, as if it had been outside meanwhile (RFC 4787
+// REQ-9), all else is the kernel's, and Reason and Translation are left alone.
+func decideHairpin(t *snat.Translator, in *PortInfo, p *packet.Packet, frame []byte, v *Verdict) {
+	if p.Flags&packet.FlagFragment != 0 {
+		return
+	}
+	switch ours := t.Ours(p.Proto, p.DstPort); {
+	case (p.Proto == packet.ProtoTCP || p.Proto == packet.ProtoUDP) && ours:
+		t.Outbound(p, frame, in.Pod, &v.View)
+		if v.View.Action == snat.Refuse {
+			v.Reason = v.View.Reason
+			return
+		}
+		v.Translation = TranslateHairpin
+	case p.Proto == packet.ProtoICMP || p.Proto == packet.ProtoICMPv6: // an error about what came by hairpin, perhaps
+		if t.Outbound(p, frame, in.Pod, &v.View); v.View.Action == snat.Translate && v.View.IsError() {
+			v.Translation = TranslateHairpin
+		}
+	}
+}
+
+// decideFragment asks which datagram a fragment belongs to, and reports whether its ports are known. If not, it waits, or dies of Reason.
+func decideFragment(t *snat.Translator, pod int, p *packet.Packet, v *Verdict) bool {
+	v.Fragmented = true
+	t.Fragment(p, pod, &v.Fragment)
+	switch v.Fragment.Action {
+	case snat.FragmentPass:
+		return true
+	case snat.FragmentHold:
+		v.Action, v.Translation = Wait, TrackFragment
+	default:
+		v.Reason, v.Fragmented = v.Fragment.Reason, false
+	}
+	return false
 }
 
 // decideLink decides on what does not leave its link: ARP, neighbour discovery, link-local and multicast destinations, frames that are not for us.

@@ -16,6 +16,7 @@ import (
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 	"github.com/overplane/overplane/dataplane/port/mem"
+	"github.com/overplane/overplane/snat"
 )
 
 // The node under test is n1 of the lab (overplane lab), with the lab's addresses, so that frames captured there mean here what they meant there.
@@ -52,11 +53,21 @@ type node struct {
 	snap              *Snapshot
 	chunks, large     int
 	podCaps, linkCaps port.Caps
+	translator        *snat.Translator // nil: none
 }
 
 type nodeOption func(*node)
 
 func withPodCaps(c port.Caps) nodeOption { return func(n *node) { n.podCaps = c } }
+
+// withSNAT gives the node a translator of few sessions.
+func withSNAT(n *node) {
+	a, err := snat.NewAllocator(snat.AllocatorConfig{MaxPods: 4})
+	require.NoError(n.t, err)
+	n.translator, err = snat.New(snat.Config{Sessions4: 256, Sessions6: 256, FragmentedDatagrams: 64, HeldFragments: 16}, a)
+	require.NoError(n.t, err)
+	n.t.Cleanup(func() { require.NoError(n.t, n.translator.Close()) })
+}
 
 func newNode(t testing.TB, options ...nodeOption) *node {
 	n := &node{t: t, podCaps: tapCaps, linkCaps: noCaps}
@@ -72,7 +83,7 @@ func newNode(t testing.TB, options ...nodeOption) *node {
 	for _, name := range []string{"a", "b"} {
 		n.pods = append(n.pods, mem.New(mem.Config{Name: name, Pools: pools, Caps: n.podCaps}))
 	}
-	n.d, err = New(Config{Workers: []WorkerConfig{{Pool: n.pool, CPU: -1}}})
+	n.d, err = New(Config{Workers: []WorkerConfig{{Pool: n.pool, CPU: -1, Translator: n.translator}}})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, n.d.Stop(context.Background())) })
 	n.w = n.d.Workers()[0]

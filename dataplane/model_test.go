@@ -50,28 +50,28 @@ func (m *model) lookup(a netip.Addr) fib.Entry {
 }
 
 // verdict judges a frame that is a well-formed IP packet; total is its length with what continues it.
-func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) Verdict {
+func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) Decision {
 	s := m.snap
 	src, dst := p.Src.Netip(), p.Dst.Netip()
-	died := func(r drop.Reason, e icmp.Error) Verdict { return Verdict{Reason: r, Error: e} }
+	died := func(r drop.Reason, e icmp.Error) Decision { return Decision{Reason: r, Error: e} }
 	toUs := packet.MAC(b[0:6]) == gatewayMAC
 	if in.Kind == PortUplink {
 		toUs = packet.MAC(b[0:6]) == uplinkMAC
 	}
 	discovery := p.Kind == packet.KindARP || p.Flags&packet.FlagND != 0
 	group := p.Kind != packet.KindARP && (dst.IsMulticast() || dst == netip.MustParseAddr("255.255.255.255"))
-	local := func() Verdict {
+	local := func() Decision {
 		switch {
 		case in.Kind == PortUplink:
 			return died(drop.EthNotForUs, icmp.None)
 		case discovery:
-			return Verdict{Action: Answer}
+			return Decision{Action: Answer}
 		case group:
 			return died(drop.IPMulticast, icmp.None)
 		case !toUs:
 			return died(drop.EthNotForUs, icmp.None)
 		case (dst == s.Gateway4.Netip() || dst == s.Gateway6.Netip()) && p.Flags&packet.FlagL4 != 0 && (p.Proto == 1 && p.ICMPType == 8 || p.Proto == 58 && p.ICMPType == 128):
-			return Verdict{Action: Answer}
+			return Decision{Action: Answer}
 		}
 		return died(drop.LinkLocal, icmp.None)
 	}
@@ -118,7 +118,7 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) V
 	case k == fib.Outside && !s.NoSNAT:
 		return died(drop.OutsideNoSNAT, icmp.AdminProhibited)
 	}
-	v := Verdict{Action: Forward, Adjacency: e.Adjacency()}
+	v := Decision{Action: Forward, Adjacency: e.Adjacency()}
 	if in.Kind != PortHost && k != fib.Host {
 		if p.TTL <= 1 {
 			return died(drop.HopLimitExceeded, icmp.TimeExceeded)
@@ -127,7 +127,7 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) V
 	}
 	if mtu := s.FIB.Adjacency(e.Adjacency()).MTU; largest > int(mtu) {
 		if p.Kind == packet.KindIPv6 || binary.BigEndian.Uint16(b[p.L3+6:])&0x4000 != 0 || largest != int(p.Length) {
-			return Verdict{Reason: drop.TooBig, Error: icmp.PacketTooBig, MTU: mtu, Adjacency: v.Adjacency, Decrement: v.Decrement}
+			return Decision{Reason: drop.TooBig, Error: icmp.PacketTooBig, MTU: mtu, Adjacency: v.Adjacency, Decrement: v.Decrement}
 		}
 		v.Action = Fragment
 	}
@@ -163,12 +163,12 @@ func decideMatches(t testing.TB, m *model, slot int, extra uint16, b []byte) {
 		size = uint32(extra)
 	}
 	var got Verdict
-	Decide(m.snap, in, &p, size, &got)
-	want := Verdict{Reason: p.Reason}
+	Decide(m.snap, nil, in, &p, b, size, &got)
+	want := Decision{Reason: p.Reason}
 	if p.Reason == drop.None {
 		want = m.verdict(in, b, &p, int(size))
 	}
-	require.Equal(t, want, got, "in %s: %+v", in.Name, p)
+	require.Equal(t, want, got.Decision, "in %s: %+v", in.Name, p)
 }
 
 func TestDecideMatchesModel(t *testing.T) {
@@ -255,8 +255,8 @@ func TestCapturedTrafficIsForwarded(t *testing.T) {
 		var p packet.Packet
 		packet.Parse(&p, b, len(b))
 		var v Verdict
-		Decide(n.snap, &n.snap.Ports[in], &p, min(p.Length, 1500), &v)
-		verdicts[[]string{"drop", "forward", "fragment", "answer"}[v.Action]+" "+v.Reason.String()]++
+		Decide(n.snap, nil, &n.snap.Ports[in], &p, b, min(p.Length, 1500), &v)
+		verdicts[[]string{"drop", "forward", "fragment", "answer", "return", "wait"}[v.Action]+" "+v.Reason.String()]++
 	})
 	t.Log(verdicts)
 	require.Greater(t, verdicts["forward none"], 60)

@@ -4,6 +4,7 @@ import (
 	"github.com/overplane/overplane/dataplane/fib"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // Slots of the ports that every snapshot has. Pods take the slots from FirstPodSlot on.
@@ -35,6 +36,8 @@ type PortInfo struct {
 	MAC packet.MAC
 	// Addr4 and Addr6 are the pod's addresses, the only ones it may send from; zero if it has none of that family.
 	Addr4, Addr6 packet.Addr
+	// Pod is the pod's index for address translation: its slot less FirstPodSlot. Dataplane.Publish sets it.
+	Pod int
 }
 
 // Snapshot is everything the workers share: immutable once published, loaded once a batch. One publisher goroutine builds them.
@@ -56,6 +59,9 @@ type Snapshot struct {
 	GatewayMAC         packet.MAC
 	Gateway4, Gateway6 packet.Addr
 
-	// NoSNAT lets packets leave the cluster with the pods' own addresses (external SNAT). Without it they are dropped until there is a translator.
+	// NoSNAT lets packets leave the cluster with the pods' own addresses (external SNAT). Without it they are translated, by SNAT's rules, or dropped where
+	// workers have no translator.
 	NoSNAT bool
+	// SNAT says which destinations outside the pod CIDRs see the node's address; nil: all.
+	SNAT *snat.Rules
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/overplane/overplane/dataplane/icmp"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 const (
@@ -53,6 +54,12 @@ type Worker struct {
 	coalescer packet.Coalescer
 	held      int
 	limiter   *icmp.Limiter
+
+	translator *snat.Translator // nil: none
+	unsettled  bool             // the translator does not know all the snapshot's pods yet
+	waiting    waitingFragments
+	released   []waitingFragment // fragments that waited and go on after the batch
+	again      [batch]port.Frame // a batch of them
 
 	polls, busyPolls, parks, received uint64
 	answers                           Answers
@@ -140,6 +147,9 @@ func (w *Worker) Poll() int {
 	if s := w.published.Load(); s != w.snap {
 		w.adopt(s)
 	}
+	if w.translator != nil {
+		w.expireSessions()
+	}
 	total := 0
 	for i := range w.polled {
 		total += w.receive(&w.polled[i])
@@ -183,6 +193,9 @@ func (w *Worker) receive(from *source) int {
 		}
 		w.batch = w.frames[done:end]
 		w.forward(from.slot, w.batch)
+		if len(w.released) > 0 {
+			w.forwardReleased()
+		}
 		done = end
 	}
 	return n
@@ -225,6 +238,13 @@ func (w *Worker) adopt(s *Snapshot) {
 			*sl = slot{index: index, info: kept.info, kind: info.Kind, name: info.Name, port: kept.port, queues: kept.queues,
 				tx: kept.tx, flusher: kept.flusher, kick: kept.kick, caps: kept.caps, accept: kept.accept, queue: kept.queue}
 		}
+	}
+	if w.translator != nil {
+		w.translator.SetNow(w.now)
+		if n := w.translator.SetNodeAddresses(s.Node4, s.Node6); n > 0 {
+			w.log.Warn("the node's address changed: its translated sessions ended", "sessions", n)
+		}
+		w.unsettled = true
 	}
 }
 

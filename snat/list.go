@@ -91,6 +91,21 @@ func (t *Translator) Stats() Stats {
 	return s
 }
 
+// Pod is what the translator knows of the pod of that index: its addresses, zero for none, and whether it is attached, or was removed and has sessions that Expire still ends.
+func (t *Translator) Pod(index int) (addr4, addr6 packet.Addr, attached, leaving bool) {
+	if index < 0 || index >= len(t.pods)-1 {
+		return packet.Addr{}, packet.Addr{}, false, false
+	}
+	p := &t.pods[index]
+	return p.addr4, p.addr6, p.attached, p.leaving
+}
+
+// MaxPods is the number of pods that may be attached: indices are below it.
+func (t *Translator) MaxPods() int { return len(t.pods) - 1 }
+
+// Ours is Allocator.Ours.
+func (t *Translator) Ours(proto uint8, port uint16) bool { return t.alloc.Ours(proto, port) }
+
 // Destination is how much of a pod's ports towards one destination is in use.
 type Destination struct {
 	Pod    int

@@ -39,6 +39,9 @@ type View struct {
 	inner inner  // of an ICMP error
 }
 
+// IsError reports whether the view is about an ICMP error that belongs to a session by the packet it quotes.
+func (v *View) IsError() bool { return v.inner.l3 != 0 }
+
 // ICMP and ICMPv6 message types that are translated.
 const (
 	icmpEchoReply, icmpUnreachable, icmpQuench, icmpEcho = 0, 3, 4, 8
