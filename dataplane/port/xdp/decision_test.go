@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -22,6 +23,47 @@ type model struct {
 	uplink  [6]byte
 	gateway [6]byte
 	routed  bool
+
+	translation Translation
+}
+
+// otherwise decides on a frame without pod addresses. It says "asked" for what may be ours or the host's.
+func (m *model) otherwise(frame []byte) string {
+	t, ip := &m.translation, frame[14:]
+	proto, l4 := byte(0), []byte(nil)
+	if binary.BigEndian.Uint16(frame[12:]) == 0x0800 {
+		size := int(ip[0]&15) * 4
+		switch {
+		case netip.AddrFrom4([4]byte(ip[16:])) != t.Node4 || size < 20:
+			return "passed"
+		case binary.BigEndian.Uint16(ip[6:])&0x3fff != 0:
+			return "asked"
+		}
+		if proto = ip[9]; size <= len(ip) {
+			l4 = ip[size:]
+		}
+	} else {
+		if netip.AddrFrom16([16]byte(ip[24:])) != t.Node6 {
+			return "passed"
+		}
+		if ip[6] == 44 {
+			return "asked"
+		}
+		proto, l4 = ip[6], ip[40:]
+	}
+	if len(l4) < 8 {
+		return "passed"
+	}
+	inRange := func(p uint16) bool { return p >= t.First && p <= t.Last }
+	port, id := binary.BigEndian.Uint16(l4[2:]), binary.BigEndian.Uint16(l4[4:])
+	switch {
+	case proto == 6 && inRange(port) && !slices.Contains(t.HostTCP, port), proto == 17 && inRange(port) && !slices.Contains(t.HostUDP, port):
+		return "redirected"
+	case proto == 1 && slices.Contains([]byte{3, 4, 11, 12}, l4[0]), proto == 58 && l4[0] >= 1 && l4[0] <= 4,
+		proto == 1 && l4[0] == 0 && inRange(id), proto == 58 && l4[0] == 129 && inRange(id):
+		return "asked"
+	}
+	return "passed"
 }
 
 func (m *model) decide(frame []byte) string {
@@ -44,7 +86,7 @@ func (m *model) decide(frame []byte) string {
 	}
 	switch from := [6]byte(frame[6:]); {
 	case !srcIsPod && !dstIsPod:
-		return "passed"
+		return m.otherwise(frame)
 	case m.routed && (from != m.gateway || !srcIsPod), !m.routed && !m.members[from]:
 		return "dropped_not_member"
 	}
@@ -64,6 +106,7 @@ func TestDecisionAgainstModel(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 
+	asked, ours := 0, 0
 	for round := range 40 {
 		if round == 20 { // the variant for kernels and drivers without multi-buffer
 			in(t, v.near, func() { require.NoError(t, s.steering.attachVariant(v.nearIndex, false, false)) })
@@ -76,9 +119,10 @@ func TestDecisionAgainstModel(t *testing.T) {
 		}
 		require.NoError(t, s.steering.SetMembers(members))
 		require.NoError(t, s.steering.SetGatewayMAC(m.gateway))
+		require.NoError(t, s.steering.SetTranslation(m.translation))
 		require.NoError(t, s.steering.change(func(c *bpf.SteerSteerConfig) error {
-			if c.Flags = 0; m.routed {
-				c.Flags = flagRouted
+			if c.Flags &^= flagRouted; m.routed {
+				c.Flags |= flagRouted
 			}
 			return nil
 		}))
@@ -87,6 +131,11 @@ func TestDecisionAgainstModel(t *testing.T) {
 		for range 500 {
 			frame := m.randomFrame(rng)
 			verdict := m.decide(frame)
+			asked += map[bool]int{true: 1}[verdict == "asked"]
+			if verdict == "asked" {
+				verdict = "redirected"
+			}
+			ours += map[bool]int{true: 1}[verdict == "redirected" && m.otherwise(frame) == "redirected"]
 			want[verdict]++
 			action, err := s.steering.prog.Run(&ebpf.RunOptions{Data: frame})
 			require.NoError(t, err)
@@ -96,6 +145,8 @@ func TestDecisionAgainstModel(t *testing.T) {
 			require.Equal(t, want[name], n-before[name], "counter %s", name)
 		}
 	}
+	require.Greater(t, asked, 50)
+	require.Greater(t, ours, 50)
 }
 
 func randomMAC(rng *rand.Rand) (mac [6]byte) {
@@ -106,6 +157,18 @@ func randomMAC(rng *rand.Rand) (mac [6]byte) {
 
 func randomModel(rng *rand.Rand, uplink [6]byte) *model {
 	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0}
+	if rng.IntN(4) > 0 {
+		var a [16]byte
+		for i := range a {
+			a[i] = byte(rng.Uint32())
+		}
+		m.translation = Translation{Node4: netip.AddrFrom4([4]byte(a[:])), Node6: netip.AddrFrom16(a), First: uint16(rng.Uint32()), Last: 65535}
+		m.translation.Last -= uint16(rng.IntN(int(65535-m.translation.First) + 1))
+		for range rng.IntN(50) {
+			m.translation.HostTCP = append(m.translation.HostTCP, m.translation.First+uint16(rng.IntN(20)))
+			m.translation.HostUDP = append(m.translation.HostUDP, m.translation.First+uint16(rng.IntN(20)))
+		}
+	}
 	for range rng.IntN(5) {
 		m.members[randomMAC(rng)] = true
 	}
@@ -178,6 +241,30 @@ func (m *model) randomFrame(rng *rand.Rand) []byte {
 		}
 		if off < len(b) {
 			copy(b[off:], a)
+		}
+	}
+	if m.translation.Node4.IsValid() && len(b) >= 62 && rng.IntN(2) == 0 { // for the node, and near a border
+		at := 34
+		if binary.BigEndian.Uint16(b[12:]) == 0x0800 {
+			copy(b[30:], m.translation.Node4.AsSlice())
+			b[23] = []byte{1, 6, 17, 58, 132}[rng.IntN(5)]
+			if b[14] = 0x45 + byte(rng.IntN(3)); rng.IntN(8) == 0 {
+				b[14] = byte(rng.Uint32())
+			}
+			at = 14 + int(b[14]&15)*4
+			if rng.IntN(4) > 0 {
+				b[20], b[21] = b[20]&0xc0, 0
+			}
+		} else {
+			copy(b[38:], m.translation.Node6.AsSlice())
+			b[20] = []byte{1, 6, 17, 44, 58, 0}[rng.IntN(6)]
+			at = 54
+		}
+		if at+8 <= len(b) {
+			b[at] = []byte{0, 1, 3, 4, 5, 8, 11, 128, 129}[rng.IntN(9)]
+			port := m.translation.First + uint16(rng.IntN(24)) - 2
+			binary.BigEndian.PutUint16(b[at+2:], port)
+			binary.BigEndian.PutUint16(b[at+4:], port)
 		}
 	}
 	return b

@@ -32,14 +32,15 @@ const (
 const DefaultHeartbeatLimit = 2 * time.Second
 
 // layoutVersion is part of the pins' names. It counts changes of what the maps' values mean; changes of their sizes are seen by comparing.
-const layoutVersion = "-v1"
+const layoutVersion = "-v2"
 
-// The names of the pinned attachments: of the XDP program, of the tc program on the uplink, of that on the device. They have no version: a program of any
+// The names of the pinned attachments: of the XDP program, of the tc program on the uplink, of that on the device, of that on the host port. They have no version: a program of any
 // version is replaced through them.
 const (
 	linkPin  = "link"
 	tcInPin  = "tc-in"
 	tcOutPin = "tc-out"
+	hostPin  = "tc-host"
 )
 
 // SteeringConfig says where the steering program goes and whom frames belong to.
@@ -78,6 +79,7 @@ type Steering struct {
 	frags   bool
 	adopted bool
 	tc      *tcAttachment // nil: not attached by tc
+	host    *tcAttachment // to the host port; nil: not
 
 	beats []byte // mapping of the heartbeats map
 
@@ -85,6 +87,7 @@ type Steering struct {
 	cfg     bpf.SteerSteerConfig
 	active  uint32
 	flipped time.Time
+	ports   *[portWords]uint64 // as the map has them; nil: not read yet
 }
 
 // AttachSteering is [OpenSteering] and [Steering.AttachXDP] in one; on failure nothing of it stays.
@@ -201,9 +204,9 @@ func (s *Steering) configure(cfg SteeringConfig, mac [6]byte) error {
 	}
 	s.cfg.HeartbeatLimitNs = uint64(max(limit, 0))
 	s.cfg.Workers = uint32(cfg.Workers)
-	s.cfg.Flags = 0
+	s.cfg.Flags &= flagTranslate
 	if cfg.Routed {
-		s.cfg.Flags = flagRouted
+		s.cfg.Flags |= flagRouted
 	}
 	copy(s.cfg.UplinkMac[:], mac[:])
 	return s.storeConfig()
@@ -224,6 +227,9 @@ func (s *Steering) Close() error {
 	if s.pinDir == "" && s.tc != nil {
 		errs = append(errs, s.tc.detach(s.ifindex))
 	}
+	if s.pinDir == "" && s.host != nil && s.host.classifier != nil {
+		errs = append(errs, s.host.classifier.Detach(s.host.device, bpf.TCProgOverplaneTcHost))
+	}
 	return errors.Join(append(errs, s.release())...)
 }
 
@@ -238,6 +244,10 @@ func (s *Steering) release() error {
 	if s.tc != nil {
 		errs = append(errs, s.tc.close())
 		s.tc = nil
+	}
+	if s.host != nil {
+		errs = append(errs, s.host.close())
+		s.host = nil
 	}
 	if s.link != nil {
 		errs = append(errs, s.link.Close())
@@ -274,7 +284,7 @@ func Uninstall(pinDir string) error {
 		return fmt.Errorf("xdp: uninstalling: %w", err)
 	}
 	var errs []error
-	for _, pin := range []string{linkPin, tcInPin, tcOutPin} {
+	for _, pin := range []string{linkPin, tcInPin, tcOutPin, hostPin} {
 		errs = append(errs, detachPinned(filepath.Join(pinDir, pin)))
 	}
 	for _, e := range entries {

@@ -14,8 +14,14 @@ import (
 	"github.com/overplane/overplane/dataplane/port/xdp/bpf"
 )
 
-// flagRouted is STEER_FLAG_ROUTED.
-const flagRouted = 1
+// STEER_FLAG_ROUTED and STEER_FLAG_TRANSLATE.
+const (
+	flagRouted    = 1
+	flagTranslate = 2
+)
+
+// portWords is the number of entries of the bitmaps of ports: TCP's and UDP's.
+const portWords = 2 * 65536 / 64
 
 // flipPause is how long an entry of the configuration that was just replaced is left alone: longer than any program that may still
 // read it runs.
@@ -116,6 +122,83 @@ func mask(bits, size int) (m [16]byte) {
 		m[i] = byte(uint16(0xff00) >> min(max(bits-8*i, 0), 8))
 	}
 	return m
+}
+
+// Translation says which packets for the node's own addresses may be replies to translated ones.
+type Translation struct {
+	Node4, Node6 netip.Addr // invalid: none
+	// First and Last are the range of ports and identifiers used outside, both included.
+	First, Last uint16
+	// HostTCP and HostUDP are ports in the range that the node's own sockets hold: packets to them pass.
+	HostTCP, HostUDP []uint16
+}
+
+// SetTranslation gives the data plane what is for the node's addresses and a port of the range, and, to be found out and given back through the host port if need
+// be (AttachHost), echo replies of the range, ICMP errors and fragments. Zero: nothing of that.
+func (s *Steering) SetTranslation(t Translation) error {
+	var bits [portWords]uint64
+	on := t.Node4.IsValid() || t.Node6.IsValid()
+	if on {
+		for p := int(t.First); p <= int(t.Last); p++ {
+			bits[p/64] |= 1 << (p % 64)
+			bits[portWords/2+p/64] |= 1 << (p % 64)
+		}
+		for _, p := range t.HostTCP {
+			bits[p/64] &^= 1 << (p % 64)
+		}
+		for _, p := range t.HostUDP {
+			bits[portWords/2+p/64] &^= 1 << (p % 64)
+		}
+	}
+	if err := s.setPorts(&bits); err != nil {
+		return err
+	}
+	return s.change(func(cfg *bpf.SteerSteerConfig) error {
+		cfg.Flags &^= flagTranslate
+		cfg.Node4, cfg.Node6, cfg.EchoFirst, cfg.EchoLast = 0, [2]uint64{}, t.First, t.Last
+		if on {
+			cfg.Flags |= flagTranslate
+		}
+		if t.Node4.IsValid() {
+			a := t.Node4.As4()
+			cfg.Node4 = binary.NativeEndian.Uint32(a[:])
+		}
+		if t.Node6.IsValid() {
+			a := t.Node6.As16()
+			cfg.Node6 = [2]uint64{binary.NativeEndian.Uint64(a[:]), binary.NativeEndian.Uint64(a[8:])}
+		}
+		return nil
+	})
+}
+
+// setPorts writes the words of the bitmaps that differ. Each is one aligned word, which a running program sees whole.
+func (s *Steering) setPorts(bits *[portWords]uint64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	table, err := s.table(bpf.SteerMapPorts)
+	if err != nil {
+		return err
+	}
+	known := s.ports
+	if known == nil {
+		known = new([portWords]uint64)
+		for i := range known {
+			if err := table.Lookup(uint32(i), &known[i]); err != nil {
+				return fmt.Errorf("xdp: steering: reading the ports: %w", err)
+			}
+		}
+		s.ports = known
+	}
+	for i, want := range bits {
+		if want == known[i] {
+			continue
+		}
+		if err := table.Put(uint32(i), want); err != nil {
+			return fmt.Errorf("xdp: steering: writing the ports: %w", err)
+		}
+		known[i] = want
+	}
+	return nil
 }
 
 // SetUplinkMAC says which destination address our frames carry. AttachSteering sets it to the interface's; call it when that changes.

@@ -94,8 +94,48 @@ func (s *Steering) AttachTC(cfg TCConfig) error {
 	return s.finishTC(tc)
 }
 
+// AttachHost puts the program on the host port by which frames that the steering could not tell apart, and that the data plane gives back, enter the kernel's stack by
+// the uplink. The data plane writes them to the host port as they came. A program that an earlier process of ours pinned is replaced.
+func (s *Steering) AttachHost(cfg TCConfig) error {
+	coll, err := s.loadTC(cfg.Device)
+	if err != nil {
+		return err
+	}
+	defer coll.Close()
+	prog := coll.Programs[bpf.TCProgOverplaneTcHost]
+	tc := &tcAttachment{device: cfg.Device}
+	if !cfg.NoTCX {
+		if err = s.attachTCX(tc, cfg.Device, prog, hostPin); err == nil {
+			s.setHost(tc)
+			return nil
+		}
+		for _, l := range tc.links {
+			err = errors.Join(err, l.Detach(), l.Close())
+		}
+		if cfg.Classifier == nil {
+			return err
+		}
+	}
+	if cfg.Classifier == nil {
+		return errors.New("xdp: steering: neither tcx nor a classifier to attach by")
+	}
+	if cerr := cfg.Classifier.Attach(cfg.Device, prog.FD(), bpf.TCProgOverplaneTcHost); cerr != nil {
+		return errors.Join(err, needs("attaching the steering to the host port as a filter", cerr, capNetAdmin))
+	}
+	tc.classifier, tc.links = cfg.Classifier, nil
+	s.setHost(tc)
+	return nil
+}
+
+func (s *Steering) setHost(tc *tcAttachment) {
+	if s.host != nil {
+		_ = s.host.close()
+	}
+	s.host = tc
+}
+
 // TCPrograms are the names that AttachTC gives a [Classifier].
-func TCPrograms() []string { return append([]string(nil), tcPrograms...) }
+func TCPrograms() []string { return append([]string{bpf.TCProgOverplaneTcHost}, tcPrograms...) }
 
 // loadTC loads the programs over the tables, aimed at the interfaces.
 func (s *Steering) loadTC(device int) (*ebpf.Collection, error) {

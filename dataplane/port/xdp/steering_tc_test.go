@@ -69,7 +69,7 @@ func TestTCDecisionAgainstModel(t *testing.T) {
 	haveTCXOrSkip(t)
 	j := newJoined(t)
 	const next, shot, redirect = 0xffffffff, 2, 7
-	action := map[string]uint32{"redirected": redirect, "passed": next, "passed_other_mac": next, "dropped_not_member": shot}
+	action := map[string]uint32{"redirected": redirect, "asked": redirect, "passed": next, "passed_other_mac": next, "dropped_not_member": shot}
 	in(t, j.near, func() {
 		s := j.open(t, "")
 		defer func() { require.NoError(t, s.Close()) }()
@@ -83,6 +83,7 @@ func TestTCDecisionAgainstModel(t *testing.T) {
 		for round := range 20 {
 			m := randomModel(rng, j.nearMAC)
 			m.routed = false
+			require.NoError(t, s.SetTranslation(m.translation))
 			require.NoError(t, s.SetPodCIDRs(m.cidrs))
 			var members [][6]byte
 			for mac := range m.members {

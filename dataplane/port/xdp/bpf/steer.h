@@ -4,7 +4,14 @@
  * so that every hook which has them can share the decision; what a hook then does with a frame that is ours is the hook's own file.
  *
  *	frame -> addressed to our NIC? -> IPv4 or IPv6, untagged? -> an address in a pod CIDR? -> sent by a member? -> ours
- *	              no: pass               no: pass                    no: pass                    no: drop
+ *	              no: pass               no: pass                    |                           no: drop
+ *	                                                                 | no
+ *	                                                                 v
+ *	                                              for the node's address? -> TCP, UDP to a translated port? -> ours
+ *	                                                   no: pass          |-> a fragment, an ICMP error,
+ *	                                                                     |   an echo reply in the range? -> ours or the host's: the data plane
+ *	                                                                     |                                  finds out and gives back
+ *	                                                                     `-> else: pass
  *
  * Two clusters may use the same pod CIDR on one Ethernet segment: frames for the other cluster's nodes reach this NIC by flooding (or
  * because it is promiscuous). They are somebody else's and are never touched: hence the first question.
@@ -14,6 +21,8 @@
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -23,7 +32,13 @@
 #define STEER_MAX_WORKERS 64
 #define STEER_HEARTBEAT_STRIDE 8  /* u64s between two workers' heartbeats: a cache line each */
 
+#define STEER_PORT_WORDS (65536 / 64) /* of one protocol's bitmap of ports */
+
 #define STEER_FLAG_ROUTED 1	  /* the gateway is the only Ethernet neighbour that may send us pods' packets */
+#define STEER_FLAG_TRANSLATE 2	  /* packets for node4 and node6 may be replies to translated ones */
+
+/* The mark of frames that the data plane gave back to the host: they pass. */
+#define STEER_MARK_HOST 0x0b5e0001
 
 /* Index of the per-CPU counters. The Go side has the same list (counterNames); a test compares the two. */
 enum steer_counter {
@@ -35,6 +50,9 @@ enum steer_counter {
 	STEER_DROPPED_STALE,	   /* ours, but the queue's worker stopped beating */
 	STEER_COUNTERS,
 };
+
+/* Verdict, no counter: redirected while somebody is there to tell, passed otherwise. */
+#define STEER_ASK 100
 
 struct steer_prefix4 {
 	__u32 addr; /* network byte order, as loaded from a header */
@@ -56,6 +74,10 @@ struct steer_config {
 	__u32 prefixes6;
 	struct steer_prefix4 prefix4[STEER_MAX_PREFIXES];
 	struct steer_prefix6 prefix6[STEER_MAX_PREFIXES];
+	__u32 node4;		  /* the addresses that translated packets leave with, network byte order; 0: none */
+	__u16 echo_first;	  /* identifiers of translated echo requests, host byte order, both included */
+	__u16 echo_last;
+	__u64 node6[2];
 };
 
 struct steer_mac {
@@ -88,6 +110,14 @@ struct {
 	__type(key, struct steer_mac);
 	__type(value, __u32);
 } members SEC(".maps");
+
+/* Bitmaps of the translated ports: TCP's, then UDP's. Ports that the node's own sockets hold are not in them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2 * STEER_PORT_WORDS);
+	__type(key, __u32);
+	__type(value, __u64);
+} ports SEC(".maps");
 
 /* CLOCK_MONOTONIC nanoseconds of each worker's last beat, written through a shared mapping. */
 struct {
@@ -153,14 +183,68 @@ static __always_inline int steer_in_prefixes6(const struct steer_config *cfg, __
 	return 0;
 }
 
+/* steer_translated decides on a frame for the node's address by its L4 header. */
+static __always_inline __u32 steer_translated(const struct steer_config *cfg, __u8 proto, void *l4, void *data_end)
+{
+	__u8 *h = l4;
+	__u16 id;
+
+	if (l4 + 8 > data_end)
+		return STEER_PASSED;
+	if (proto == IPPROTO_TCP || proto == IPPROTO_UDP) {
+		__u16 port = bpf_ntohs(*(__u16 *)(l4 + 2));
+		__u32 word = (port >> 6) + (proto == IPPROTO_UDP ? STEER_PORT_WORDS : 0);
+		__u64 *bits = bpf_map_lookup_elem(&ports, &word);
+
+		return bits && (*(volatile __u64 *)bits >> (port & 63) & 1) ? STEER_REDIRECTED : STEER_PASSED;
+	}
+	id = bpf_ntohs(*(__u16 *)(l4 + 4));
+	if (proto == IPPROTO_ICMP) {
+		if (h[0] == 3 || h[0] == 4 || h[0] == 11 || h[0] == 12)
+			return STEER_ASK;
+		return h[0] == 0 && id >= cfg->echo_first && id <= cfg->echo_last ? STEER_ASK : STEER_PASSED;
+	}
+	if (proto == IPPROTO_ICMPV6) {
+		if (h[0] >= 1 && h[0] <= 4)
+			return STEER_ASK;
+		return h[0] == 129 && id >= cfg->echo_first && id <= cfg->echo_last ? STEER_ASK : STEER_PASSED;
+	}
+	return STEER_PASSED;
+}
+
+/* steer_node4 and steer_node6 decide on frames without pod addresses. IPv6 extension headers other than the fragment header are the host's. */
+static __always_inline __u32 steer_node4(const struct steer_config *cfg, void *ip, void *data_end)
+{
+	__u32 size = (*(__u8 *)ip & 15) * 4;
+
+	if (!(cfg->flags & STEER_FLAG_TRANSLATE) || !cfg->node4 || *(__u32 *)(ip + 16) != cfg->node4 || size < 20)
+		return STEER_PASSED;
+	if (*(__u16 *)(ip + 6) & bpf_htons(0x3fff))
+		return STEER_ASK;
+	return steer_translated(cfg, *(__u8 *)(ip + 9), ip + size, data_end);
+}
+
+static __always_inline __u32 steer_node6(const struct steer_config *cfg, void *ip, void *data_end)
+{
+	__u8 next = *(__u8 *)(ip + 6);
+
+	if (!(cfg->flags & STEER_FLAG_TRANSLATE) || !(cfg->node6[0] | cfg->node6[1]) || *(__u64 *)(ip + 24) != cfg->node6[0] ||
+	    *(__u64 *)(ip + 32) != cfg->node6[1])
+		return STEER_PASSED;
+	if (next == IPPROTO_FRAGMENT)
+		return STEER_ASK;
+	return steer_translated(cfg, next, ip + 40, data_end);
+}
+
 /*
- * steer_decide returns STEER_REDIRECTED for a frame that is ours, or the counter that says what else becomes of it. A frame too short to
+ * steer_decide returns STEER_REDIRECTED for a frame that is ours, STEER_ASK for one that may be, or the counter that says what else becomes of it. A frame too short to
  * tell passes: the host's stack refuses it. Tagged frames belong to VLAN devices of the host and pass.
  */
 static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *data, void *data_end)
 {
 	int src_is_pod, dst_is_pod;
 	struct steer_mac mac = {};
+	__u32 otherwise;
 	__u16 proto;
 
 	if (data + ETH_HLEN > data_end)
@@ -176,6 +260,7 @@ static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *
 			return STEER_PASSED;
 		src_is_pod = steer_in_prefixes4(cfg, *(__u32 *)(ip + 12));
 		dst_is_pod = steer_in_prefixes4(cfg, *(__u32 *)(ip + 16));
+		otherwise = steer_node4(cfg, ip, data_end);
 	} else if (proto == bpf_htons(ETH_P_IPV6)) {
 		void *ip = data + ETH_HLEN;
 
@@ -183,11 +268,12 @@ static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *
 			return STEER_PASSED;
 		src_is_pod = steer_in_prefixes6(cfg, *(__u64 *)(ip + 8), *(__u64 *)(ip + 16));
 		dst_is_pod = steer_in_prefixes6(cfg, *(__u64 *)(ip + 24), *(__u64 *)(ip + 32));
+		otherwise = steer_node6(cfg, ip, data_end);
 	} else {
 		return STEER_PASSED;
 	}
 	if (!src_is_pod && !dst_is_pod)
-		return STEER_PASSED;
+		return otherwise;
 
 	if (cfg->flags & STEER_FLAG_ROUTED) {
 		if (!src_is_pod || !steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))

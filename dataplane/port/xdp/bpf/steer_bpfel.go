@@ -24,6 +24,10 @@ type SteerSteerConfig struct {
 	Prefixes6        uint32
 	Prefix4          [8]SteerSteerPrefix4
 	Prefix6          [8]SteerSteerPrefix6
+	Node4            uint32
+	EchoFirst        uint16
+	EchoLast         uint16
+	Node6            [2]uint64
 }
 
 type SteerSteerMac struct {
@@ -52,6 +56,7 @@ const (
 	SteerMapCounters           = "counters"
 	SteerMapHeartbeats         = "heartbeats"
 	SteerMapMembers            = "members"
+	SteerMapPorts              = "ports"
 	SteerMapXsks               = "xsks"
 	SteerProgOverplaneXdp      = "overplane_xdp"
 	SteerProgOverplaneXdpFrags = "overplane_xdp_frags"
@@ -112,6 +117,7 @@ type SteerMapSpecs struct {
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Heartbeats *ebpf.MapSpec `ebpf:"heartbeats"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
+	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Xsks       *ebpf.MapSpec `ebpf:"xsks"`
 }
 
@@ -146,6 +152,7 @@ type SteerMaps struct {
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Heartbeats *ebpf.Map `ebpf:"heartbeats"`
 	Members    *ebpf.Map `ebpf:"members"`
+	Ports      *ebpf.Map `ebpf:"ports"`
 	Xsks       *ebpf.Map `ebpf:"xsks"`
 }
 
@@ -156,6 +163,7 @@ func (m *SteerMaps) Close() error {
 		m.Counters,
 		m.Heartbeats,
 		m.Members,
+		m.Ports,
 		m.Xsks,
 	)
 }

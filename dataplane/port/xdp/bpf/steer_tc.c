@@ -11,6 +11,13 @@
  *
  *	worker writes -> device's ingress --- all of it ---> uplink, transmitted: the NIC segments
  *
+ * And for uplinks of every kind, on the host port:
+ *
+ *	worker writes -> host port's ingress --- as it came from the wire ---> uplink's ingress, marked: the kernel's stack
+ *	                      | else
+ *	                      v
+ *	                 kernel's stack
+ *
  * A frame keeps its Ethernet header, its GSO metadata and its unfinished checksum both ways, and no kernel table is asked. Without a
  * reader the device has no carrier and drops.
  */
@@ -24,17 +31,22 @@
 volatile const __u32 uplink_ifindex;
 volatile const __u32 device_ifindex;
 
-#define STEER_HEADERS (ETH_HLEN + 40) /* what steer_decide reads at most */
+#define STEER_HEADERS (ETH_HLEN + 60 + 8) /* what steer_decide reads at most */
 
 SEC("tc")
 int overplane_tc_in(struct __sk_buff *skb)
 {
 	struct steer_config *cfg = steer_get_config();
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	__u32 verdict;
+	__u32 verdict, ask;
 
 	if (!cfg)
 		return ACT_NEXT;
+	/* The data plane has seen it already. */
+	if (skb->mark == STEER_MARK_HOST) {
+		skb->mark = 0;
+		return ACT_NEXT;
+	}
 	/* The kernel took the tag out of the frame: it is a VLAN device's. */
 	if (skb->vlan_present) {
 		steer_count(STEER_PASSED);
@@ -49,9 +61,12 @@ int overplane_tc_in(struct __sk_buff *skb)
 		data_end = (void *)(long)skb->data_end;
 	}
 	verdict = steer_decide(cfg, data, data_end);
+	ask = verdict == STEER_ASK;
+	if (ask)
+		verdict = STEER_REDIRECTED;
 	/* The device chooses the queue, by flow, and with it the worker: what it cannot deliver it drops. */
 	if (verdict == STEER_REDIRECTED && steer_all_stale(cfg))
-		verdict = STEER_DROPPED_STALE;
+		verdict = ask ? STEER_PASSED : STEER_DROPPED_STALE;
 	steer_count(verdict);
 	switch (verdict) {
 	case STEER_REDIRECTED:
@@ -67,6 +82,22 @@ SEC("tc")
 int overplane_tc_out(struct __sk_buff *skb)
 {
 	return bpf_redirect(uplink_ifindex, 0);
+}
+
+/*
+ * What the data plane gives back to the host has the uplink's address as its destination, as it had on the wire; what it routes to the host has the host
+ * port's own. The stack gets it by the uplink, so that rp_filter and sockets bound to the uplink see what they would have seen.
+ */
+SEC("tc")
+int overplane_tc_host(struct __sk_buff *skb)
+{
+	struct steer_config *cfg = steer_get_config();
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+
+	if (!cfg || data + ETH_HLEN > data_end || !steer_mac_equal(data, cfg->uplink_mac))
+		return ACT_NEXT;
+	skb->mark = STEER_MARK_HOST;
+	return bpf_redirect(uplink_ifindex, BPF_F_INGRESS);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

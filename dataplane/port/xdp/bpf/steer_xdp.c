@@ -19,11 +19,14 @@ static __always_inline int steer_xdp(struct xdp_md *ctx)
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct steer_config *cfg = steer_get_config();
 	__u32 queue = ctx->rx_queue_index;
-	__u32 verdict;
+	__u32 verdict, ask;
 
 	if (!cfg)
 		return XDP_PASS;
 	verdict = steer_decide(cfg, data, data_end);
+	ask = verdict == STEER_ASK;
+	if (ask)
+		verdict = STEER_REDIRECTED;
 	if (verdict == STEER_REDIRECTED) {
 		/*
 		 * Passing what is ours would make the host's stack answer it, with a reset or an unreachable: a live flow dies of that,
@@ -33,6 +36,9 @@ static __always_inline int steer_xdp(struct xdp_md *ctx)
 			verdict = STEER_DROPPED_NO_SOCKET;
 		else if (steer_stale(cfg, queue))
 			verdict = STEER_DROPPED_STALE;
+		/* What may be the host's is, when nobody is there to tell. */
+		if (ask && verdict != STEER_REDIRECTED)
+			verdict = STEER_PASSED;
 	}
 	steer_count(verdict);
 	switch (verdict) {

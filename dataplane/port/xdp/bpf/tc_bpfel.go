@@ -16,15 +16,17 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	TCMapActive          = "active"
-	TCMapConfig          = "config"
-	TCMapCounters        = "counters"
-	TCMapHeartbeats      = "heartbeats"
-	TCMapMembers         = "members"
-	TCProgOverplaneTcIn  = "overplane_tc_in"
-	TCProgOverplaneTcOut = "overplane_tc_out"
-	TCVarDeviceIfindex   = "device_ifindex"
-	TCVarUplinkIfindex   = "uplink_ifindex"
+	TCMapActive           = "active"
+	TCMapConfig           = "config"
+	TCMapCounters         = "counters"
+	TCMapHeartbeats       = "heartbeats"
+	TCMapMembers          = "members"
+	TCMapPorts            = "ports"
+	TCProgOverplaneTcHost = "overplane_tc_host"
+	TCProgOverplaneTcIn   = "overplane_tc_in"
+	TCProgOverplaneTcOut  = "overplane_tc_out"
+	TCVarDeviceIfindex    = "device_ifindex"
+	TCVarUplinkIfindex    = "uplink_ifindex"
 )
 
 // LoadTC returns the embedded CollectionSpec for TC.
@@ -69,8 +71,9 @@ type TCSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TCProgramSpecs struct {
-	OverplaneTcIn  *ebpf.ProgramSpec `ebpf:"overplane_tc_in"`
-	OverplaneTcOut *ebpf.ProgramSpec `ebpf:"overplane_tc_out"`
+	OverplaneTcHost *ebpf.ProgramSpec `ebpf:"overplane_tc_host"`
+	OverplaneTcIn   *ebpf.ProgramSpec `ebpf:"overplane_tc_in"`
+	OverplaneTcOut  *ebpf.ProgramSpec `ebpf:"overplane_tc_out"`
 }
 
 // TCMapSpecs contains maps before they are loaded into the kernel.
@@ -82,6 +85,7 @@ type TCMapSpecs struct {
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Heartbeats *ebpf.MapSpec `ebpf:"heartbeats"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
+	Ports      *ebpf.MapSpec `ebpf:"ports"`
 }
 
 // TCVariableSpecs contains global variables before they are loaded into the kernel.
@@ -117,6 +121,7 @@ type TCMaps struct {
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Heartbeats *ebpf.Map `ebpf:"heartbeats"`
 	Members    *ebpf.Map `ebpf:"members"`
+	Ports      *ebpf.Map `ebpf:"ports"`
 }
 
 func (m *TCMaps) Close() error {
@@ -126,6 +131,7 @@ func (m *TCMaps) Close() error {
 		m.Counters,
 		m.Heartbeats,
 		m.Members,
+		m.Ports,
 	)
 }
 
@@ -141,12 +147,14 @@ type TCVariables struct {
 //
 // It can be passed to LoadTCObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TCPrograms struct {
-	OverplaneTcIn  *ebpf.Program `ebpf:"overplane_tc_in"`
-	OverplaneTcOut *ebpf.Program `ebpf:"overplane_tc_out"`
+	OverplaneTcHost *ebpf.Program `ebpf:"overplane_tc_host"`
+	OverplaneTcIn   *ebpf.Program `ebpf:"overplane_tc_in"`
+	OverplaneTcOut  *ebpf.Program `ebpf:"overplane_tc_out"`
 }
 
 func (p *TCPrograms) Close() error {
 	return _TCClose(
+		p.OverplaneTcHost,
 		p.OverplaneTcIn,
 		p.OverplaneTcOut,
 	)
