@@ -92,10 +92,14 @@ func newMemory(c *Config, a *Allocator) (*memory, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snat: memfd for the sessions of worker %d: %w", c.Worker, err)
 	}
-	file := os.NewFile(uintptr(fd), "overplane-sessions")
-	if err := unix.Ftruncate(fd, int64(layout(c).total)); err != nil {
+	return newMemoryIn(c, a, os.NewFile(uintptr(fd), "overplane-sessions"))
+}
+
+// newMemoryIn makes and maps the empty tables in a file without content, which it takes over, also if it returns an error.
+func newMemoryIn(c *Config, a *Allocator, file *os.File) (*memory, error) {
+	if err := unix.Ftruncate(int(file.Fd()), int64(layout(c).total)); err != nil {
 		file.Close()
-		return nil, fmt.Errorf("snat: memfd of %d bytes: %w", layout(c).total, err)
+		return nil, fmt.Errorf("snat: file of %d bytes for the sessions: %w", layout(c).total, err)
 	}
 	m, err := mapMemory(c, file)
 	if err != nil {

@@ -97,6 +97,25 @@ func New(cfg Config, a *Allocator) (*Translator, error) {
 	return newTranslator(cfg, a, m), nil
 }
 
+// NewIn is New with the tables in an empty file, which should be in memory (tmpfs) and becomes the translator's, also if NewIn fails: where no service manager keeps descriptors,
+// the next process finds the sessions by its name.
+func NewIn(cfg Config, a *Allocator, file *os.File) (*Translator, error) {
+	cfg.setDefaults(a.cfg.MaxPods)
+	err := cfg.validate()
+	if err == nil && (cfg.Worker < 0 || cfg.Worker >= a.cfg.Workers) {
+		err = fmt.Errorf("snat: worker %d of %d", cfg.Worker, a.cfg.Workers)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	m, err := newMemoryIn(&cfg, a, file)
+	if err != nil {
+		return nil, err
+	}
+	return newTranslator(cfg, a, m), nil
+}
+
 func newTranslator(cfg Config, a *Allocator, m *memory) *Translator {
 	t := &Translator{cfg: cfg, alloc: a, mem: m, rand: newRand(), pods: make([]podState, a.cfg.MaxPods+1), hostV: a.hostV.Load()}
 	t.v4, t.v6 = m.tables()

@@ -48,12 +48,13 @@ type Agent struct {
 	saver    *stateSaver
 
 	// ----
-	facts    Facts
-	steering Steering
-	plan     SteeringPlan // as the steering program has it
-	uplink   UplinkGrant
-	host     port.Port
-	hostDev  HostDevice // as the kernel has it
+	facts       Facts
+	steering    Steering
+	plan        SteeringPlan // as the steering program has it
+	uplink      UplinkGrant
+	host        port.Port
+	translation *translation // nil: not made yet
+	hostDev     HostDevice   // as the kernel has it
 
 	state      *desired // in force; nil: none yet
 	programmed *desired // all workers forward by it
@@ -142,6 +143,7 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-tick.C:
 			a.sweep(tickPatience)
 			a.retry()
+			a.followTranslation()
 			a.buryDead()
 		}
 	}
@@ -246,6 +248,7 @@ func (a *Agent) sweep(patience time.Duration) {
 // steeringPlan is what steering should know.
 func (a *Agent) steeringPlan() SteeringPlan {
 	plan := SteeringPlan{UplinkMAC: a.facts.MAC, PodCIDRs: a.state.podCIDRs()}
+	a.planTranslation(&plan)
 	if a.cfg.Routed() {
 		plan.GatewayMACs = distinctMACs(a.facts.GatewayMAC4, a.facts.GatewayMAC6)
 		return plan

@@ -62,7 +62,7 @@ func Build(in Input) Built {
 	snap.Node4, snap.Node6 = packet.AddrFrom(node4), packet.AddrFrom(node6)
 	if in.state != nil {
 		b.fib.Grow(len(in.state.routes)+2*len(in.state.members)+2*len(in.Pods)+len(in.Facts.Addresses)+2, len(in.state.members)+len(in.Pods)+4)
-		snap.NoSNAT = in.state.noSNAT
+		snap.NoSNAT, snap.SNAT = in.state.noSNAT, in.state.rules
 		for _, p := range in.state.pools {
 			if err := b.fib.AddPool(p.cidr, p.bits); err != nil {
 				b.problem("pool %s cannot be programmed: %v", p.cidr, err)
@@ -280,7 +280,7 @@ func (b *builder) toGateway(mac packet.MAC) uint32 {
 // outside is the way out of the cluster, for each family that has a gateway.
 func (b *builder) outside() {
 	f := &b.in.Facts
-	needed := b.in.Routed || b.in.state != nil && b.in.state.noSNAT
+	needed := b.in.Routed || b.in.state != nil
 	for _, g := range []struct {
 		gateway netip.Addr
 		mac     packet.MAC

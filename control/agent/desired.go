@@ -8,6 +8,7 @@ import (
 
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 	"github.com/overplane/overplane/dataplane/packet"
+	"github.com/overplane/overplane/snat"
 )
 
 // desired is a node's desired state in the types the builder works with, parsed once when it arrives.
@@ -18,6 +19,8 @@ type desired struct {
 	members []member
 	routes  []route
 	noSNAT  bool
+	rules   *snat.Rules
+	snat    snatSettings
 }
 
 type pool struct {
@@ -106,6 +109,9 @@ func parseDesired(s *controlv1.NodeState) (*desired, error) {
 			out.member = i
 		}
 		d.routes = append(d.routes, out)
+	}
+	if err := d.parseRules(s.GetSnat()); err != nil {
+		errs = append(errs, err)
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)

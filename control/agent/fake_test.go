@@ -125,6 +125,12 @@ func (f *fakePlatform) Pools(n int) ([]*port.Pool, func(), error) {
 	return pools, func() {}, nil
 }
 
+func (f *fakePlatform) HostPorts() (tcp, udp []uint16, err error) {
+	return []uint16{22, 10250}, []uint16{53}, nil
+}
+
+func (f *fakePlatform) ReservePorts(first, last uint16) error { return nil }
+
 type fakeSteering struct {
 	f     *fakePlatform
 	beats []uint64
@@ -146,6 +152,7 @@ func (s *fakeSteering) Apply(p SteeringPlan) error {
 	s.f.plans = append(s.f.plans, p)
 	return nil
 }
+func (s *fakeSteering) AttachHost(string) error { return nil }
 func (s *fakeSteering) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"ours": 1}, nil
 }

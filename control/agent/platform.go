@@ -94,12 +94,20 @@ type SteeringPlan struct {
 	Members []packet.MAC
 	// GatewayMACs are those that frames for pods are accepted from on a routed underlay.
 	GatewayMACs []packet.MAC
+
+	// Node4 and Node6 are the addresses that translated packets leave with, invalid if there is none; the ports they use there, and those of them that are the
+	// node's own sockets' after all.
+	Node4, Node6        netip.Addr
+	FirstPort, LastPort uint16
+	HostTCP, HostUDP    []uint16
 }
 
 // Steering is the program on the uplink that decides which frames are ours.
 type Steering interface {
 	// Apply changes the program's tables to the plan.
 	Apply(SteeringPlan) error
+	// AttachHost has frames that the data plane writes to the host port as they came from the uplink enter the kernel by the uplink.
+	AttachHost(hostPort string) error
 	// Counters says what the program did, by name.
 	Counters() (map[string]uint64, error)
 	// Heartbeat is where worker i says that it is alive; nil if the program does not look.
@@ -111,6 +119,11 @@ type Steering interface {
 // Platform is the machine. The agent's goroutine calls it; the callbacks given to WatchUplink and WatchPods run on goroutines of its own.
 // Errors are for people: they say what failed, on what, and what to do.
 type Platform interface {
+	// HostPorts lists the ports that the node's own TCP and UDP sockets hold, in any order, perhaps more than once.
+	HostPorts() (tcp, udp []uint16, err error)
+	// ReservePorts keeps the kernel from choosing ports of the range, both ends included, for sockets that name none.
+	ReservePorts(first, last uint16) error
+
 	// Preflight checks what the machine must grant; frameMemory is how many bytes of memory will be locked.
 	Preflight(frameMemory uint64) error
 	// Uplink reads the uplink's state.

@@ -35,6 +35,10 @@ type linux struct {
 // NewPlatform is the machine the process runs on, in its network namespace.
 func NewPlatform(cfg Config, log *slog.Logger) Platform { return &linux{cfg: cfg, log: log} }
 
+func (l *linux) HostPorts() (tcp, udp []uint16, err error) { return kernel.BoundPorts() }
+
+func (l *linux) ReservePorts(first, last uint16) error { return kernel.ReservePorts(first, last) }
+
 func (l *linux) Preflight(frameMemory uint64) error { return preflight(&l.cfg, frameMemory) }
 
 func (l *linux) Uplink() (Facts, error) {

@@ -234,19 +234,25 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 			log.Info("a better rung was not granted", "rung", r.Rung, "reason", r.Reason)
 		}
 	}
-	if err := a.makeDataplane(cpus); err != nil {
-		return nil, err
-	}
 	_, podMTU := a.mtus()
 	dev := a.hostDevice(podMTU)
 	if a.host, err = plat.OpenHost(dev, a.pools); err != nil {
 		return nil, err
 	}
 	a.hostDev = dev
+	if err := a.steering.AttachHost(dev.Name); err != nil {
+		log.Error("fragments, ICMP errors and echo replies for the node itself are lost: the data plane cannot give them back", "error", err)
+	}
 	pods, stopWatching := context.WithCancel(context.Background())
 	cleanup.add(stopWatching)
 	plat.WatchPods(pods, func(pod string) { a.podGone(pods, pod) })
 	a.readopt(remembered)
+	if a.translation, err = a.makeTranslation(workers); err != nil {
+		return nil, err
+	}
+	if err := a.makeDataplane(cpus); err != nil {
+		return nil, err
+	}
 
 	a.dp.Start()
 	cleanup.add(func() { a.stopWorkers() })
@@ -270,7 +276,7 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 func (a *Agent) makeDataplane(cpus []int) error {
 	cfg := dataplane.Config{Logger: a.log}
 	for i, p := range a.pools {
-		cfg.Workers = append(cfg.Workers, dataplane.WorkerConfig{Pool: p, CPU: cpus[i], Heartbeat: a.steering.Heartbeat(i)})
+		cfg.Workers = append(cfg.Workers, dataplane.WorkerConfig{Pool: p, CPU: cpus[i], Heartbeat: a.steering.Heartbeat(i), Translator: a.translation.translators[i]})
 	}
 	dp, err := dataplane.New(cfg)
 	if err != nil {
@@ -309,6 +315,9 @@ func (a *Agent) closeAll() {
 	}
 	closePort(a.host)
 	closePort(a.uplink.Port)
+	if a.translation != nil {
+		a.translation.close()
+	}
 	errs = append(errs, a.steering.Close())
 	if err := errors.Join(errs...); err != nil {
 		a.log.Warn("closing", "error", err)

@@ -35,12 +35,14 @@ func (t *slotTable) take() (int, error) {
 func (t *slotTable) free(slot int) { t.used[slot-dataplane.FirstPodSlot] = false }
 
 func (p SteeringPlan) equal(o SteeringPlan) bool {
-	return p.UplinkMAC == o.UplinkMAC && slices.Equal(p.PodCIDRs, o.PodCIDRs) && slices.Equal(p.Members, o.Members) && slices.Equal(p.GatewayMACs, o.GatewayMACs)
+	return p.UplinkMAC == o.UplinkMAC && slices.Equal(p.PodCIDRs, o.PodCIDRs) && slices.Equal(p.Members, o.Members) && slices.Equal(p.GatewayMACs, o.GatewayMACs) &&
+		p.Node4 == o.Node4 && p.Node6 == o.Node6 && p.FirstPort == o.FirstPort && p.LastPort == o.LastPort &&
+		slices.Equal(p.HostTCP, o.HostTCP) && slices.Equal(p.HostUDP, o.HostUDP)
 }
 
 // union is the plan that admits what either admits; for the time in which the workers move from one to the other.
 func union(from, to SteeringPlan) SteeringPlan {
-	out := SteeringPlan{UplinkMAC: to.UplinkMAC}
+	out := SteeringPlan{UplinkMAC: to.UplinkMAC, Node4: to.Node4, Node6: to.Node6, FirstPort: to.FirstPort, LastPort: to.LastPort, HostTCP: to.HostTCP, HostUDP: to.HostUDP}
 	out.PodCIDRs = append(slices.Clone(to.PodCIDRs), from.PodCIDRs...)
 	slices.SortFunc(out.PodCIDRs, netip.Prefix.Compare)
 	out.PodCIDRs = slices.Compact(out.PodCIDRs)

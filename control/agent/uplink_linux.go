@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +31,18 @@ func (l *linux) AttachSteering(uplink string, workers int) (Steering, error) {
 	return &steering{Steering: s, routed: l.cfg.Routed()}, nil
 }
 
+func (s *steering) AttachHost(hostPort string) error {
+	link, err := net.InterfaceByName(hostPort)
+	if err != nil {
+		return fmt.Errorf("host port %s: %w", hostPort, err)
+	}
+	return s.Steering.AttachHost(xdp.TCConfig{Device: link.Index, Classifier: kernel.Classifier{}})
+}
+
 func (s *steering) Apply(p SteeringPlan) error {
-	err := errors.Join(s.SetUplinkMAC(p.UplinkMAC), s.SetPodCIDRs(p.PodCIDRs))
+	err := errors.Join(s.SetUplinkMAC(p.UplinkMAC), s.SetPodCIDRs(p.PodCIDRs), s.SetTranslation(xdp.Translation{
+		Node4: p.Node4, Node6: p.Node6, First: p.FirstPort, Last: p.LastPort, HostTCP: p.HostTCP, HostUDP: p.HostUDP,
+	}))
 	if s.routed {
 		if len(p.GatewayMACs) > 1 {
 			err = errors.Join(err, fmt.Errorf("the IPv4 and IPv6 gateways have different Ethernet addresses (%s, %s); frames are accepted from the first alone",
