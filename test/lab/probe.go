@@ -83,6 +83,11 @@ func ListenUDP(e End, family int) (*net.UDPConn, error) {
 // EchoTCP sends bytes from one end to another and back over TCP. It is an error if the server sees another source than the client's own
 // address.
 func EchoTCP(ctx context.Context, from, to End, family int) error {
+	return echoTCP(ctx, from, to, family, from.Addr(family))
+}
+
+// echoTCP is EchoTCP for a client that the server must see by another address.
+func echoTCP(ctx context.Context, from, to End, family int, as netip.Addr) error {
 	l, err := ListenTCP(to, family)
 	if err != nil {
 		return err
@@ -98,8 +103,8 @@ func EchoTCP(ctx context.Context, from, to End, family int) error {
 		}
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(probeTimeout))
-		if seen := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(); seen != from.Addr(family) {
-			served <- fmt.Errorf("the server saw %v as source, not %v", seen, from.Addr(family))
+		if seen := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(); seen != as {
+			served <- fmt.Errorf("the server saw %v as source, not %v", seen, as)
 			return
 		}
 		_, err = io.CopyN(c, c, probeBytes)
@@ -133,6 +138,11 @@ func EchoTCP(ctx context.Context, from, to End, family int) error {
 // EchoUDP sends a datagram from one end to another and back, again if it gets lost. lost is how often it was. It is an error if the
 // server sees another source than the client's own address.
 func EchoUDP(ctx context.Context, from, to End, family int, payload []byte) (lost int, err error) {
+	return echoUDP(ctx, from, to, family, payload, from.Addr(family))
+}
+
+// echoUDP is EchoUDP for a client that the server must see by another address, and then by any port.
+func echoUDP(ctx context.Context, from, to End, family int, payload []byte, as netip.Addr) (lost int, err error) {
 	server, err := ListenUDP(to, family)
 	if err != nil {
 		return 0, err
@@ -144,6 +154,8 @@ func EchoUDP(ctx context.Context, from, to End, family int, payload []byte) (los
 	}
 	defer client.Close()
 	want := client.LocalAddr().(*net.UDPAddr).AddrPort()
+	translated := as != want.Addr()
+	want = netip.AddrPortFrom(as, want.Port())
 	wrongSource := make(chan netip.AddrPort, 1)
 	go func() {
 		buf := make([]byte, 65535)
@@ -152,7 +164,7 @@ func EchoUDP(ctx context.Context, from, to End, family int, payload []byte) (los
 			if err != nil {
 				return
 			}
-			if src = netip.AddrPortFrom(src.Addr().Unmap(), src.Port()); src != want {
+			if src = netip.AddrPortFrom(src.Addr().Unmap(), src.Port()); src.Addr() != as || !translated && src != want {
 				select {
 				case wrongSource <- src:
 				default:

@@ -37,6 +37,9 @@ func Proofs() []Proof {
 		{"64 MiB from pod to remote pod, same SHA-256", proveTransfer},
 		{"pod addresses in the only IP header on the wire", proveNoEncapsulation},
 		{"traceroute shows node, node, pod", proveTrace},
+		{"pods reach the outside with their node's address", proveOutside},
+		{"the outside cannot open to a pod", proveClosed},
+		{"the nodes' own traffic is left alone", proveNodesOutside},
 	}
 }
 
