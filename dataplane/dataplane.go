@@ -87,6 +87,9 @@ func New(cfg Config) (*Dataplane, error) {
 		}
 		d.workers = append(d.workers, w)
 	}
+	if d.workers[0].translator != nil {
+		connect(d.workers)
+	}
 	return d, nil
 }
 
@@ -233,7 +236,11 @@ func (w *Worker) run(stop *atomic.Bool) {
 		}
 		if idle++; idle >= patience {
 			w.parks++
-			w.wait.ready(int(sleep / time.Millisecond)) // whatever it names is still there for the next poll
+			w.parked.Store(true)
+			if !w.expecting() { // who hands something over from here on sees that it must wake this worker
+				w.wait.ready(int(sleep / time.Millisecond)) // whatever it names is still there for the next poll
+			}
+			w.parked.Store(false)
 			idle = patience / 2
 		}
 	}

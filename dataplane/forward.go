@@ -28,6 +28,9 @@ import (
 // forward takes the frames received from one port through their journey. It owns them from here.
 func (w *Worker) forward(in *slot, frames []port.Frame) {
 	n := w.parse(in, frames)
+	if w.completing {
+		w.complete(n)
+	}
 	w.decide(in, n)
 	w.execute(in, frames, n)
 	w.flush()
@@ -97,6 +100,8 @@ func (w *Worker) execute(in *slot, frames []port.Frame, n int) {
 			w.fragment(w.slots[adj.Port], int(adj.MTU), p, chain)
 		case Answer:
 			w.answer(in, p, chain)
+		case HandOver:
+			w.handOver(in, j, chain)
 		case Return:
 			w.enqueue(w.slots[HostSlot], j, i, chain)
 		default:
@@ -120,6 +125,7 @@ const (
 	Answer                 // the data plane is its destination: ARP, neighbour discovery, ping of the gateway
 	Return                 // it is the node's own: back as it came, by the host port to where the uplink's packets enter the kernel
 	Wait                   // a fragment whose datagram's first has not come yet
+	HandOver               // it belongs to a session, or a datagram, of the worker Verdict.Owner
 )
 
 // Translation is how a packet's addresses change before it goes its way.
@@ -151,7 +157,8 @@ type Decision struct {
 	MTU       uint16      // Drop: the MTU to tell with fragment needed and packet too big
 
 	Translation Translation
-	Fragmented  bool // Verdict.Fragment says what the fragment is part of
+	Fragmented  bool  // Verdict.Fragment says what the fragment is part of
+	Owner       uint8 // HandOver: index of the worker
 }
 
 // Decide decides on a packet that came in from a port: side-effect free, so that the same code forwards, explains and replays. t is asked about sessions; nil: nothing is
@@ -200,7 +207,7 @@ func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, fra
 			return
 		}
 		if in.Kind == PortPod && t != nil && s.isNode(dst) {
-			if decideHairpin(t, in, p, frame, v); v.Translation != NoTranslation || v.Reason != drop.None {
+			if decideHairpin(t, in, p, frame, v); v.Translation != NoTranslation || v.Reason != drop.None || v.Action != Drop {
 				return
 			}
 		}
@@ -210,7 +217,7 @@ func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, fra
 			return
 		}
 		if t != nil && !s.NoSNAT && s.SNAT.Translate(dst) {
-			if decideOutbound(s, t, in, p, frame, v); v.Reason != drop.None || v.Action == Wait {
+			if decideOutbound(s, t, in, p, frame, v); v.Reason != drop.None || v.Action != Drop {
 				return
 			}
 		}
@@ -302,6 +309,9 @@ func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Pac
 			return
 		}
 	}
+	if !decideOwner(t, t.OwnerOut(p, frame), v) {
+		return
+	}
 	t.Outbound(p, frame, in.Pod, &v.View)
 	switch {
 	case v.View.Action == snat.Translate, v.View.Action == snat.Create && !plain:
@@ -322,9 +332,12 @@ func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Pac
 func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []byte, v *Verdict) {
 	cluster := s.FIB.Lookup(p.Src).Kind() == fib.Node
 	if p.Flags&packet.FlagFragment != 0 && !cluster && !decideFragment(t, snat.NoPod, p, v) {
-		if v.Action != Wait { // too many are under way: it may be the kernel's, which has limits of its own
+		if v.Action == Drop { // too many are under way: it may be the kernel's, which has limits of its own
 			v.Action, v.Reason = Return, drop.None
 		}
+		return
+	}
+	if !decideOwner(t, t.OwnerIn(p, frame), v) {
 		return
 	}
 	t.Inbound(p, frame, &v.View)
@@ -349,7 +362,11 @@ func decideHairpin(t *snat.Translator, in *PortInfo, p *packet.Packet, frame []b
 	if p.Flags&packet.FlagFragment != 0 {
 		return
 	}
-	switch ours := t.Ours(p.Proto, p.DstPort); {
+	ours := t.Ours(p.Proto, p.DstPort)
+	if (ours || isICMPError(p)) && !decideOwner(t, t.OwnerOut(p, frame), v) {
+		return
+	}
+	switch {
 	case (p.Proto == packet.ProtoTCP || p.Proto == packet.ProtoUDP) && ours:
 		t.Outbound(p, frame, in.Pod, &v.View)
 		if v.View.Action == snat.Refuse {
@@ -357,15 +374,39 @@ func decideHairpin(t *snat.Translator, in *PortInfo, p *packet.Packet, frame []b
 			return
 		}
 		v.Translation = TranslateHairpin
-	case p.Proto == packet.ProtoICMP || p.Proto == packet.ProtoICMPv6: // an error about what came by hairpin, perhaps
+	case isICMPError(p): // about what came by hairpin, perhaps
 		if t.Outbound(p, frame, in.Pod, &v.View); v.View.Action == snat.Translate && v.View.IsError() {
 			v.Translation = TranslateHairpin
 		}
 	}
 }
 
+// isICMPError reports whether the packet is an ICMP error, in the range of types that all of them are in.
+func isICMPError(p *packet.Packet) bool {
+	return p.Proto == packet.ProtoICMP && p.ICMPType >= 3 && p.ICMPType <= 12 && p.ICMPType != 8 || p.Proto == packet.ProtoICMPv6 && p.ICMPType >= 1 && p.ICMPType <= 4
+}
+
+// decideOwner reports whether a session is this worker's. If not, the packet goes to its owner, a fragment after it was tracked here.
+func decideOwner(t *snat.Translator, owner int, v *Verdict) bool {
+	if owner == t.Worker() {
+		return true
+	}
+	v.Action, v.Owner = HandOver, uint8(owner)
+	if v.Fragmented {
+		v.Translation = TrackFragment
+	}
+	return false
+}
+
 // decideFragment asks which datagram a fragment belongs to, and reports whether its ports are known. If not, it waits, or dies of Reason.
 func decideFragment(t *snat.Translator, pod int, p *packet.Packet, v *Verdict) bool {
+	if p.Flags&packet.FlagCompleted != 0 {
+		return true // another worker knew
+	}
+	if owner := t.OwnerOfFragment(p); owner != t.Worker() {
+		v.Action, v.Owner = HandOver, uint8(owner)
+		return false
+	}
 	v.Fragmented = true
 	t.Fragment(p, pod, &v.Fragment)
 	switch v.Fragment.Action {

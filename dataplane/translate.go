@@ -44,15 +44,29 @@ func (w *Worker) translate(in *slot, j *journey, chain []port.Frame) bool {
 		t.TranslateIn(p, frame, &v.View, o)
 	case TranslateHairpin:
 		t.TranslateOut(p, frame, &v.View, o)
-		w.turn(j, frame, o)
+		w.turn(in, j, chain, o)
+		return v.Action != HandOver
 	}
 	return true
 }
 
 // turn takes a packet that a pod sent to the node's external address, translated on its way out, back in. Its sender is not told when there is no way: it would learn of
 // a packet that it did not send.
-func (w *Worker) turn(j *journey, frame []byte, o snat.Offload) {
-	t, v, p := w.translator, &j.verdict, &j.packet
+func (w *Worker) turn(in *slot, j *journey, chain []port.Frame, o snat.Offload) {
+	t, v, p, frame := w.translator, &j.verdict, &j.packet, w.pool.Bytes(&chain[0])
+	if owner := t.OwnerIn(p, frame); owner != t.Worker() {
+		// To its owner it has come from the wire.
+		*(*packet.MAC)(frame[0:6]) = w.snap.Ports[UplinkSlot].MAC
+		v.Action, v.Owner = HandOver, uint8(owner)
+		in.in.Frames--
+		in.in.Packets -= uint64(j.segments)
+		total, _ := port.PacketLen(chain)
+		in.in.Bytes -= uint64(total)
+		up := w.slots[UplinkSlot]
+		up.in.add(&Traffic{Frames: 1, Packets: uint64(j.segments), Bytes: uint64(total)})
+		w.handOver(up, j, chain)
+		return
+	}
 	v.Action, v.Reason = Drop, drop.NATNoSession
 	switch t.Inbound(p, frame, &v.View); v.View.Action {
 	case snat.Translate:

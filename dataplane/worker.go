@@ -59,6 +59,14 @@ type Worker struct {
 	unsettled  bool             // the translator does not know all the snapshot's pods yet
 	waiting    waitingFragments
 	released   []waitingFragment // fragments that waited and go on after the batch
+
+	// Handing over between workers; handover.go.
+	peers      []*Worker // by index; nil: there is only this one, or nothing is translated
+	inbox      []*ring   // by sender
+	parked     atomic.Bool
+	completing bool              // the batch was handed over
+	handed     [batch]handed     // with it
+	handedOver uint64            // packets
 	again      [batch]port.Frame // a batch of them
 
 	polls, busyPolls, parks, received uint64
@@ -156,6 +164,9 @@ func (w *Worker) Poll() int {
 	}
 	for _, i := range w.wait.ready(0) {
 		total += w.receive(&w.wait.sources[i])
+	}
+	if w.inbox != nil {
+		total += w.takeOver()
 	}
 	if len(w.kicks) > 0 {
 		w.kick()

@@ -59,6 +59,37 @@ func (a *Allocator) OwnerIn(p *packet.Packet, frame []byte) int {
 	return int(OwnerHash(remote, 0, proto) % uint32(a.cfg.Workers))
 }
 
+// Worker is the index of the worker that owns the translator.
+func (t *Translator) Worker() int { return t.cfg.Worker }
+
+// OwnerOut is the function of that name; OwnerIn is that of the allocator, with this worker in the place of nobody. OwnerOfFragment is the worker that tracks the
+// datagram of a fragment, as it was received.
+func (t *Translator) OwnerOut(p *packet.Packet, frame []byte) int {
+	if t.alloc.cfg.Workers == 1 {
+		return 0
+	}
+	return OwnerOut(p, frame, t.alloc.cfg.Workers)
+}
+
+// OwnerIn: see OwnerOut.
+func (t *Translator) OwnerIn(p *packet.Packet, frame []byte) int {
+	if t.alloc.cfg.Workers == 1 {
+		return 0
+	}
+	if w := t.alloc.OwnerIn(p, frame); w >= 0 {
+		return w
+	}
+	return t.cfg.Worker
+}
+
+// OwnerOfFragment: see OwnerOut.
+func (t *Translator) OwnerOfFragment(p *packet.Packet) int {
+	if t.alloc.cfg.Workers == 1 {
+		return 0
+	}
+	return int(FragmentHash(p) % uint32(t.alloc.cfg.Workers))
+}
+
 // quotedPorts reads the tuple of the packet that an error quotes, without judging it: that is the owner's business. An echo message's identifier stands for both ports.
 func quotedPorts(p *packet.Packet, frame []byte) (proto uint8, src, dst packet.Addr, srcPort, dstPort uint16, ok bool) {
 	var q quotation

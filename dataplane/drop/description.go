@@ -56,6 +56,7 @@ var descriptions = [NumReasons]string{
 	NATErrorMismatch:    "the ICMP error quotes a packet that its sender cannot have received",
 	NATFragmentLimit:    "the sender has as many fragmented datagrams under way as it may have",
 	NATFragmentConflict: "two first fragments of one datagram disagree",
+	HandoverFull:        "another worker owns the packet's session and cannot keep up",
 	NATFragmentTimeout:  "the datagram's first fragment did not come in time",
 	NoFrame:             "the worker had no free frame",
 	NoNeighbour:         "the next hop's Ethernet address is not known",

@@ -70,6 +70,7 @@ const (
 	NATFragmentLimit    // nat_fragment_limit
 	NATFragmentConflict // nat_fragment_conflict
 	NATFragmentTimeout  // nat_fragment_timeout
+	HandoverFull        // handover_full
 
 	// What was missing on the way.
 	NoFrame      // no_frame

@@ -63,18 +63,19 @@ func _() {
 	_ = x[NATFragmentLimit-52]
 	_ = x[NATFragmentConflict-53]
 	_ = x[NATFragmentTimeout-54]
-	_ = x[NoFrame-55]
-	_ = x[NoNeighbour-56]
-	_ = x[PortDown-57]
-	_ = x[PortFull-58]
-	_ = x[PortRejected-59]
-	_ = x[PortGone-60]
-	_ = x[NumReasons-61]
+	_ = x[HandoverFull-55]
+	_ = x[NoFrame-56]
+	_ = x[NoNeighbour-57]
+	_ = x[PortDown-58]
+	_ = x[PortFull-59]
+	_ = x[PortRejected-60]
+	_ = x[PortGone-61]
+	_ = x[NumReasons-62]
 }
 
-const _Reason_name = "noneeth_truncatedeth_unknown_typeeth_not_for_usvlan_stackedip_truncatedip_bad_versionip_bad_header_lengthip_bad_lengthip_bad_checksumip_bad_optionsip_source_routeip_bad_sourceip_bad_destinationip_multicastip6_bad_extensionip6_too_many_headersip6_routing_headerfragment_badl4_truncatedl4_bad_header_lengthoffload_badoffload_bad_gsooffload_bad_checksumframe_too_longarp_badnd_badsource_not_podssource_not_membersource_not_hostsdestination_not_oursunreachableoutside_no_snathairpin_uplinklink_localhop_limit_exceededtoo_bigpolicy_deniednat_protocolnat_icmp_typenat_no_addressnat_no_sessionnat_filterednat_no_synnat_no_portnat_port_takennat_session_limitnat_half_open_limitnat_table_fullnat_error_badnat_error_truncatednat_error_mismatchnat_fragment_limitnat_fragment_conflictnat_fragment_timeoutno_frameno_neighbourport_downport_fullport_rejectedport_gonethe number of reasons"
+const _Reason_name = "noneeth_truncatedeth_unknown_typeeth_not_for_usvlan_stackedip_truncatedip_bad_versionip_bad_header_lengthip_bad_lengthip_bad_checksumip_bad_optionsip_source_routeip_bad_sourceip_bad_destinationip_multicastip6_bad_extensionip6_too_many_headersip6_routing_headerfragment_badl4_truncatedl4_bad_header_lengthoffload_badoffload_bad_gsooffload_bad_checksumframe_too_longarp_badnd_badsource_not_podssource_not_membersource_not_hostsdestination_not_oursunreachableoutside_no_snathairpin_uplinklink_localhop_limit_exceededtoo_bigpolicy_deniednat_protocolnat_icmp_typenat_no_addressnat_no_sessionnat_filterednat_no_synnat_no_portnat_port_takennat_session_limitnat_half_open_limitnat_table_fullnat_error_badnat_error_truncatednat_error_mismatchnat_fragment_limitnat_fragment_conflictnat_fragment_timeouthandover_fullno_frameno_neighbourport_downport_fullport_rejectedport_gonethe number of reasons"
 
-var _Reason_index = [...]uint16{0, 4, 17, 33, 47, 59, 71, 85, 105, 118, 133, 147, 162, 175, 193, 205, 222, 242, 260, 272, 284, 304, 315, 330, 350, 364, 371, 377, 392, 409, 425, 445, 456, 471, 485, 495, 513, 520, 533, 545, 558, 572, 586, 598, 608, 619, 633, 650, 669, 683, 696, 715, 733, 751, 772, 792, 800, 812, 821, 830, 843, 852, 873}
+var _Reason_index = [...]uint16{0, 4, 17, 33, 47, 59, 71, 85, 105, 118, 133, 147, 162, 175, 193, 205, 222, 242, 260, 272, 284, 304, 315, 330, 350, 364, 371, 377, 392, 409, 425, 445, 456, 471, 485, 495, 513, 520, 533, 545, 558, 572, 586, 598, 608, 619, 633, 650, 669, 683, 696, 715, 733, 751, 772, 792, 805, 813, 825, 834, 843, 856, 865, 886}
 
 func (i Reason) String() string {
 	idx := int(i) - 0

@@ -64,6 +64,7 @@ const (
 	FlagOptions                     // IPv4 options or IPv6 extension headers present
 	FlagND                          // ICMPv6 neighbour or router discovery (types 133-137)
 	FlagMulticast                   // destination is multicast or IPv4 broadcast
+	FlagCompleted                   // a fragment whose ports another worker filled in. Never set by Parse
 )
 
 // Packet is what Parse found out about one frame. It borrows nothing: all fields are values, offsets count from the frame's first byte.
