@@ -183,28 +183,37 @@ func (d *Dataplane) Stop(ctx context.Context) error {
 // Stats returns every worker's counters, each taken between two polls.
 func (d *Dataplane) Stats(ctx context.Context) ([]WorkerStats, error) {
 	all := make([]WorkerStats, len(d.workers))
-	for i, w := range d.workers {
-		if !d.running.Load() {
-			all[i] = w.collect()
-			continue
-		}
-		r := &statsRequest{done: make(chan struct{})}
-		for !w.request.CompareAndSwap(nil, r) { // another reader's turn
-			select {
-			case <-ctx.Done():
-				return nil, fmt.Errorf("dataplane: counters of worker %d: %w", i, ctx.Err())
-			case <-time.After(time.Millisecond):
-			}
-		}
-		w.wait.interrupt()
-		select {
-		case <-r.done:
-			all[i] = r.stats
-		case <-ctx.Done():
-			return nil, fmt.Errorf("dataplane: counters of worker %d: %w", i, ctx.Err())
+	for i := range d.workers {
+		if err := d.Ask(ctx, i, func(_ *snat.Translator, s *WorkerStats) { all[i] = *s }); err != nil {
+			return nil, err
 		}
 	}
 	return all, nil
+}
+
+// Ask calls f between two polls of worker i, on its thread if it runs, with its translator (nil if it has none) and its counters. Packets wait for f.
+func (d *Dataplane) Ask(ctx context.Context, i int, f func(*snat.Translator, *WorkerStats)) error {
+	w := d.workers[i]
+	if !d.running.Load() {
+		s := w.collect()
+		f(w.translator, &s)
+		return nil
+	}
+	r := &statsRequest{ask: f, done: make(chan struct{})}
+	for !w.request.CompareAndSwap(nil, r) { // another reader's turn
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("dataplane: counters of worker %d: %w", i, ctx.Err())
+		case <-time.After(time.Millisecond):
+		}
+	}
+	w.wait.interrupt()
+	select {
+	case <-r.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("dataplane: counters of worker %d: %w", i, ctx.Err())
+	}
 }
 
 func (d *Dataplane) wake() {

@@ -3,6 +3,7 @@ package dataplane
 import (
 	"github.com/overplane/overplane/dataplane/drop"
 	"github.com/overplane/overplane/dataplane/icmp"
+	"github.com/overplane/overplane/snat"
 )
 
 // Traffic counts what crossed a port in one direction.
@@ -59,12 +60,14 @@ type WorkerStats struct {
 	ICMPErrors         [icmp.NumErrors]uint64 // sent
 	ICMPErrorsRefused  uint64                 // by their budget, or because no error may answer the packet
 	Generated          uint64                 // packets that the worker made: ICMP errors, answers, fragments beyond the first
+	HandedOver         uint64                 // packets that other workers' sessions own
 	Slots              []SlotStats            // of non-empty slots
 }
 
 // statsRequest is a reader's order for a copy of a worker's counters. The worker fills stats and closes nothing: done is polled, because
 // a thread that forwards must not wake goroutines through channels.
 type statsRequest struct {
+	ask   func(*snat.Translator, *WorkerStats) // nil: only the counters
 	stats WorkerStats
 	done  chan struct{} // closed by the goroutine that runs Poll; closing does not block
 }
@@ -75,6 +78,7 @@ func (w *Worker) collect() WorkerStats {
 		Index: w.index, CPU: w.cpu,
 		Polls: w.polls, BusyPolls: w.busyPolls, Parks: w.parks, Packets: w.received,
 		Answers: w.answers, ICMPErrors: w.icmpErrors, ICMPErrorsRefused: w.icmpRefused, Generated: w.generated,
+		HandedOver: w.handedOver,
 	}
 	if w.snap != nil {
 		s.Generation = w.snap.Generation

@@ -222,7 +222,9 @@ func (w *Worker) finish() {
 	}
 	if r := w.request.Load(); r != nil {
 		w.request.Store(nil)
-		r.stats = w.collect()
+		if r.stats = w.collect(); r.ask != nil {
+			r.ask(w.translator, &r.stats)
+		}
 		close(r.done)
 	}
 }

@@ -94,7 +94,7 @@ Exit status: 0 if all went well, 1 after an error; status exits with 3 if the no
 	f.BoolVar(&a.json, "json", false, "print JSON for programs instead of tables for people")
 
 	root.AddGroup(&cobra.Group{ID: groupNode, Title: "A node:"}, &cobra.Group{ID: groupCluster, Title: "The cluster (asks the controller):"}, &cobra.Group{ID: groupLab, Title: "A cluster on this machine:"})
-	for _, c := range []*cobra.Command{a.statusCommand(), a.routesCommand(), a.podsCommand(), a.dropsCommand(), a.countersCommand(), a.stateCommand()} {
+	for _, c := range []*cobra.Command{a.statusCommand(), a.routesCommand(), a.podsCommand(), a.dropsCommand(), a.sessionsCommand(), a.snatCommand(), a.countersCommand(), a.stateCommand()} {
 		c.GroupID = groupNode
 		root.AddCommand(c)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/overplane/overplane/dataplane"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // Forwarder is the data plane as the agent uses it; *dataplane.Dataplane is one.
@@ -21,6 +22,7 @@ type Forwarder interface {
 	Publish(*dataplane.Snapshot) uint64
 	Quiesce(ctx context.Context, generation uint64) error
 	Stats(ctx context.Context) ([]dataplane.WorkerStats, error)
+	Ask(ctx context.Context, worker int, f func(*snat.Translator, *dataplane.WorkerStats)) error
 }
 
 // settleTimeout is how long a change waits for the workers to pass it. A worker that takes longer hangs; what waits for it

@@ -2010,6 +2010,761 @@ func (x *DropCount) GetWorker() uint32 {
 	return 0
 }
 
+// ListSessionsRequest selects by all that is not empty.
+type ListSessionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pod   string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	// protocol is tcp, udp, icmp, icmpv6, sctp, esp, gre or a number.
+	Protocol string `protobuf:"bytes,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// address is the inside or the remote one.
+	Address string `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
+	// limit is the most sessions returned; 0 is 10,000.
+	Limit         uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSessionsRequest) Reset() {
+	*x = ListSessionsRequest{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSessionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSessionsRequest) ProtoMessage() {}
+
+func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
+func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ListSessionsRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *ListSessionsRequest) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *ListSessionsRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ListSessionsRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListSessionsResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sessions []*Session             `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	// truncated: there are more.
+	Truncated     bool `protobuf:"varint,2,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSessionsResponse) Reset() {
+	*x = ListSessionsResponse{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSessionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSessionsResponse) ProtoMessage() {}
+
+func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
+func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListSessionsResponse) GetSessions() []*Session {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+func (x *ListSessionsResponse) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
+// Session is one translated flow.
+type Session struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Protocol string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// inside, external and remote are addresses with ports, e.g. "10.244.1.2:4711" and "[fd00::1]:53"; the port of ICMP is the identifier.
+	Inside     string `protobuf:"bytes,2,opt,name=inside,proto3" json:"inside,omitempty"`
+	External   string `protobuf:"bytes,3,opt,name=external,proto3" json:"external,omitempty"`
+	Remote     string `protobuf:"bytes,4,opt,name=remote,proto3" json:"remote,omitempty"`
+	Pod        string `protobuf:"bytes,5,opt,name=pod,proto3" json:"pod,omitempty"`
+	State      string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	AgeSeconds uint64 `protobuf:"varint,7,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"`
+	// left_seconds is until the session ends if nothing comes.
+	LeftSeconds uint64 `protobuf:"varint,8,opt,name=left_seconds,json=leftSeconds,proto3" json:"left_seconds,omitempty"`
+	// packets wrap at 32 bits; a GSO frame counts once.
+	PacketsOut    uint32 `protobuf:"varint,9,opt,name=packets_out,json=packetsOut,proto3" json:"packets_out,omitempty"`
+	PacketsIn     uint32 `protobuf:"varint,10,opt,name=packets_in,json=packetsIn,proto3" json:"packets_in,omitempty"`
+	Worker        uint32 `protobuf:"varint,11,opt,name=worker,proto3" json:"worker,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Session) Reset() {
+	*x = Session{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Session) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Session) ProtoMessage() {}
+
+func (x *Session) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Session.ProtoReflect.Descriptor instead.
+func (*Session) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *Session) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Session) GetInside() string {
+	if x != nil {
+		return x.Inside
+	}
+	return ""
+}
+
+func (x *Session) GetExternal() string {
+	if x != nil {
+		return x.External
+	}
+	return ""
+}
+
+func (x *Session) GetRemote() string {
+	if x != nil {
+		return x.Remote
+	}
+	return ""
+}
+
+func (x *Session) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *Session) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Session) GetAgeSeconds() uint64 {
+	if x != nil {
+		return x.AgeSeconds
+	}
+	return 0
+}
+
+func (x *Session) GetLeftSeconds() uint64 {
+	if x != nil {
+		return x.LeftSeconds
+	}
+	return 0
+}
+
+func (x *Session) GetPacketsOut() uint32 {
+	if x != nil {
+		return x.PacketsOut
+	}
+	return 0
+}
+
+func (x *Session) GetPacketsIn() uint32 {
+	if x != nil {
+		return x.PacketsIn
+	}
+	return 0
+}
+
+func (x *Session) GetWorker() uint32 {
+	if x != nil {
+		return x.Worker
+	}
+	return 0
+}
+
+type GetSnatRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSnatRequest) Reset() {
+	*x = GetSnatRequest{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSnatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSnatRequest) ProtoMessage() {}
+
+func (x *GetSnatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSnatRequest.ProtoReflect.Descriptor instead.
+func (*GetSnatRequest) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{32}
+}
+
+type GetSnatResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// enabled: the desired state does not turn translation off.
+	Enabled bool   `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	Mapping string `protobuf:"bytes,2,opt,name=mapping,proto3" json:"mapping,omitempty"`
+	// ipv4 and ipv6 are the addresses that translated packets leave with.
+	Ipv4      string `protobuf:"bytes,3,opt,name=ipv4,proto3" json:"ipv4,omitempty"`
+	Ipv6      string `protobuf:"bytes,4,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	FirstPort uint32 `protobuf:"varint,5,opt,name=first_port,json=firstPort,proto3" json:"first_port,omitempty"`
+	LastPort  uint32 `protobuf:"varint,6,opt,name=last_port,json=lastPort,proto3" json:"last_port,omitempty"`
+	// host_tcp_ports and host_udp_ports are those of the range that the node's own sockets hold.
+	HostTcpPorts []uint32      `protobuf:"varint,7,rep,packed,name=host_tcp_ports,json=hostTcpPorts,proto3" json:"host_tcp_ports,omitempty"`
+	HostUdpPorts []uint32      `protobuf:"varint,8,rep,packed,name=host_udp_ports,json=hostUdpPorts,proto3" json:"host_udp_ports,omitempty"`
+	Workers      []*SnatWorker `protobuf:"bytes,9,rep,name=workers,proto3" json:"workers,omitempty"`
+	Pods         []*SnatPod    `protobuf:"bytes,10,rep,name=pods,proto3" json:"pods,omitempty"`
+	// saturated are the pairs of pod and destination that use four fifths or more of the ports that the pod may have at the moment.
+	Saturated     []*SnatDestination `protobuf:"bytes,11,rep,name=saturated,proto3" json:"saturated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSnatResponse) Reset() {
+	*x = GetSnatResponse{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSnatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSnatResponse) ProtoMessage() {}
+
+func (x *GetSnatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSnatResponse.ProtoReflect.Descriptor instead.
+func (*GetSnatResponse) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *GetSnatResponse) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *GetSnatResponse) GetMapping() string {
+	if x != nil {
+		return x.Mapping
+	}
+	return ""
+}
+
+func (x *GetSnatResponse) GetIpv4() string {
+	if x != nil {
+		return x.Ipv4
+	}
+	return ""
+}
+
+func (x *GetSnatResponse) GetIpv6() string {
+	if x != nil {
+		return x.Ipv6
+	}
+	return ""
+}
+
+func (x *GetSnatResponse) GetFirstPort() uint32 {
+	if x != nil {
+		return x.FirstPort
+	}
+	return 0
+}
+
+func (x *GetSnatResponse) GetLastPort() uint32 {
+	if x != nil {
+		return x.LastPort
+	}
+	return 0
+}
+
+func (x *GetSnatResponse) GetHostTcpPorts() []uint32 {
+	if x != nil {
+		return x.HostTcpPorts
+	}
+	return nil
+}
+
+func (x *GetSnatResponse) GetHostUdpPorts() []uint32 {
+	if x != nil {
+		return x.HostUdpPorts
+	}
+	return nil
+}
+
+func (x *GetSnatResponse) GetWorkers() []*SnatWorker {
+	if x != nil {
+		return x.Workers
+	}
+	return nil
+}
+
+func (x *GetSnatResponse) GetPods() []*SnatPod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *GetSnatResponse) GetSaturated() []*SnatDestination {
+	if x != nil {
+		return x.Saturated
+	}
+	return nil
+}
+
+// SnatWorker is one worker's translator.
+type SnatWorker struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Worker       uint32                 `protobuf:"varint,1,opt,name=worker,proto3" json:"worker,omitempty"`
+	SessionsIpv4 uint32                 `protobuf:"varint,2,opt,name=sessions_ipv4,json=sessionsIpv4,proto3" json:"sessions_ipv4,omitempty"`
+	SessionsIpv6 uint32                 `protobuf:"varint,3,opt,name=sessions_ipv6,json=sessionsIpv6,proto3" json:"sessions_ipv6,omitempty"`
+	CapacityIpv4 uint32                 `protobuf:"varint,4,opt,name=capacity_ipv4,json=capacityIpv4,proto3" json:"capacity_ipv4,omitempty"`
+	CapacityIpv6 uint32                 `protobuf:"varint,5,opt,name=capacity_ipv6,json=capacityIpv6,proto3" json:"capacity_ipv6,omitempty"`
+	HalfOpen     uint32                 `protobuf:"varint,6,opt,name=half_open,json=halfOpen,proto3" json:"half_open,omitempty"`
+	Created      uint64                 `protobuf:"varint,7,opt,name=created,proto3" json:"created,omitempty"`
+	Expired      uint64                 `protobuf:"varint,8,opt,name=expired,proto3" json:"expired,omitempty"`
+	Ended        uint64                 `protobuf:"varint,9,opt,name=ended,proto3" json:"ended,omitempty"`
+	// fragmented is how many datagrams in pieces are known, held_fragments how many fragments wait for their first.
+	Fragmented    uint32 `protobuf:"varint,10,opt,name=fragmented,proto3" json:"fragmented,omitempty"`
+	HeldFragments uint32 `protobuf:"varint,11,opt,name=held_fragments,json=heldFragments,proto3" json:"held_fragments,omitempty"`
+	ErrorsIn      uint64 `protobuf:"varint,12,opt,name=errors_in,json=errorsIn,proto3" json:"errors_in,omitempty"`
+	ErrorsOut     uint64 `protobuf:"varint,13,opt,name=errors_out,json=errorsOut,proto3" json:"errors_out,omitempty"`
+	// handed_over counts packets that arrived here and belong to other workers' sessions.
+	HandedOver    uint64 `protobuf:"varint,14,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnatWorker) Reset() {
+	*x = SnatWorker{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnatWorker) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnatWorker) ProtoMessage() {}
+
+func (x *SnatWorker) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnatWorker.ProtoReflect.Descriptor instead.
+func (*SnatWorker) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *SnatWorker) GetWorker() uint32 {
+	if x != nil {
+		return x.Worker
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetSessionsIpv4() uint32 {
+	if x != nil {
+		return x.SessionsIpv4
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetSessionsIpv6() uint32 {
+	if x != nil {
+		return x.SessionsIpv6
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetCapacityIpv4() uint32 {
+	if x != nil {
+		return x.CapacityIpv4
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetCapacityIpv6() uint32 {
+	if x != nil {
+		return x.CapacityIpv6
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetHalfOpen() uint32 {
+	if x != nil {
+		return x.HalfOpen
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetCreated() uint64 {
+	if x != nil {
+		return x.Created
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetExpired() uint64 {
+	if x != nil {
+		return x.Expired
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetEnded() uint64 {
+	if x != nil {
+		return x.Ended
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetFragmented() uint32 {
+	if x != nil {
+		return x.Fragmented
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetHeldFragments() uint32 {
+	if x != nil {
+		return x.HeldFragments
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetErrorsIn() uint64 {
+	if x != nil {
+		return x.ErrorsIn
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetErrorsOut() uint64 {
+	if x != nil {
+		return x.ErrorsOut
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetHandedOver() uint64 {
+	if x != nil {
+		return x.HandedOver
+	}
+	return 0
+}
+
+// SnatPod is what a pod uses, over all workers.
+type SnatPod struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Pod          string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	SessionsIpv4 uint32                 `protobuf:"varint,2,opt,name=sessions_ipv4,json=sessionsIpv4,proto3" json:"sessions_ipv4,omitempty"`
+	SessionsIpv6 uint32                 `protobuf:"varint,3,opt,name=sessions_ipv6,json=sessionsIpv6,proto3" json:"sessions_ipv6,omitempty"`
+	// ports are leased in blocks; the limit is what the pod may have in all at the moment.
+	TcpPorts        uint32 `protobuf:"varint,4,opt,name=tcp_ports,json=tcpPorts,proto3" json:"tcp_ports,omitempty"`
+	UdpPorts        uint32 `protobuf:"varint,5,opt,name=udp_ports,json=udpPorts,proto3" json:"udp_ports,omitempty"`
+	IcmpIdentifiers uint32 `protobuf:"varint,6,opt,name=icmp_identifiers,json=icmpIdentifiers,proto3" json:"icmp_identifiers,omitempty"`
+	TcpLimit        uint32 `protobuf:"varint,7,opt,name=tcp_limit,json=tcpLimit,proto3" json:"tcp_limit,omitempty"`
+	UdpLimit        uint32 `protobuf:"varint,8,opt,name=udp_limit,json=udpLimit,proto3" json:"udp_limit,omitempty"`
+	IcmpLimit       uint32 `protobuf:"varint,9,opt,name=icmp_limit,json=icmpLimit,proto3" json:"icmp_limit,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *SnatPod) Reset() {
+	*x = SnatPod{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnatPod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnatPod) ProtoMessage() {}
+
+func (x *SnatPod) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnatPod.ProtoReflect.Descriptor instead.
+func (*SnatPod) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *SnatPod) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *SnatPod) GetSessionsIpv4() uint32 {
+	if x != nil {
+		return x.SessionsIpv4
+	}
+	return 0
+}
+
+func (x *SnatPod) GetSessionsIpv6() uint32 {
+	if x != nil {
+		return x.SessionsIpv6
+	}
+	return 0
+}
+
+func (x *SnatPod) GetTcpPorts() uint32 {
+	if x != nil {
+		return x.TcpPorts
+	}
+	return 0
+}
+
+func (x *SnatPod) GetUdpPorts() uint32 {
+	if x != nil {
+		return x.UdpPorts
+	}
+	return 0
+}
+
+func (x *SnatPod) GetIcmpIdentifiers() uint32 {
+	if x != nil {
+		return x.IcmpIdentifiers
+	}
+	return 0
+}
+
+func (x *SnatPod) GetTcpLimit() uint32 {
+	if x != nil {
+		return x.TcpLimit
+	}
+	return 0
+}
+
+func (x *SnatPod) GetUdpLimit() uint32 {
+	if x != nil {
+		return x.UdpLimit
+	}
+	return 0
+}
+
+func (x *SnatPod) GetIcmpLimit() uint32 {
+	if x != nil {
+		return x.IcmpLimit
+	}
+	return 0
+}
+
+// SnatDestination is a pod's use of ports towards one destination.
+type SnatDestination struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	Protocol      string                 `protobuf:"bytes,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Remote        string                 `protobuf:"bytes,3,opt,name=remote,proto3" json:"remote,omitempty"`
+	Ports         uint32                 `protobuf:"varint,4,opt,name=ports,proto3" json:"ports,omitempty"`
+	Limit         uint32                 `protobuf:"varint,5,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnatDestination) Reset() {
+	*x = SnatDestination{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnatDestination) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnatDestination) ProtoMessage() {}
+
+func (x *SnatDestination) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnatDestination.ProtoReflect.Descriptor instead.
+func (*SnatDestination) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *SnatDestination) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *SnatDestination) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *SnatDestination) GetRemote() string {
+	if x != nil {
+		return x.Remote
+	}
+	return ""
+}
+
+func (x *SnatDestination) GetPorts() uint32 {
+	if x != nil {
+		return x.Ports
+	}
+	return 0
+}
+
+func (x *SnatDestination) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
 var File_overplane_control_v1_local_proto protoreflect.FileDescriptor
 
 const file_overplane_control_v1_local_proto_rawDesc = "" +
@@ -2184,11 +2939,88 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
 	"\vdescription\x18\x05 \x01(\tR\vdescription\x12\x18\n" +
 	"\apackets\x18\x06 \x01(\x04R\apackets\x12\x16\n" +
-	"\x06worker\x18\a \x01(\rR\x06worker*P\n" +
+	"\x06worker\x18\a \x01(\rR\x06worker\"s\n" +
+	"\x13ListSessionsRequest\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\"o\n" +
+	"\x14ListSessionsResponse\x129\n" +
+	"\bsessions\x18\x01 \x03(\v2\x1d.overplane.control.v1.SessionR\bsessions\x12\x1c\n" +
+	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\xb5\x02\n" +
+	"\aSession\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x16\n" +
+	"\x06inside\x18\x02 \x01(\tR\x06inside\x12\x1a\n" +
+	"\bexternal\x18\x03 \x01(\tR\bexternal\x12\x16\n" +
+	"\x06remote\x18\x04 \x01(\tR\x06remote\x12\x10\n" +
+	"\x03pod\x18\x05 \x01(\tR\x03pod\x12\x14\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1f\n" +
+	"\vage_seconds\x18\a \x01(\x04R\n" +
+	"ageSeconds\x12!\n" +
+	"\fleft_seconds\x18\b \x01(\x04R\vleftSeconds\x12\x1f\n" +
+	"\vpackets_out\x18\t \x01(\rR\n" +
+	"packetsOut\x12\x1d\n" +
+	"\n" +
+	"packets_in\x18\n" +
+	" \x01(\rR\tpacketsIn\x12\x16\n" +
+	"\x06worker\x18\v \x01(\rR\x06worker\"\x10\n" +
+	"\x0eGetSnatRequest\"\xa9\x03\n" +
+	"\x0fGetSnatResponse\x12\x18\n" +
+	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
+	"\amapping\x18\x02 \x01(\tR\amapping\x12\x12\n" +
+	"\x04ipv4\x18\x03 \x01(\tR\x04ipv4\x12\x12\n" +
+	"\x04ipv6\x18\x04 \x01(\tR\x04ipv6\x12\x1d\n" +
+	"\n" +
+	"first_port\x18\x05 \x01(\rR\tfirstPort\x12\x1b\n" +
+	"\tlast_port\x18\x06 \x01(\rR\blastPort\x12$\n" +
+	"\x0ehost_tcp_ports\x18\a \x03(\rR\fhostTcpPorts\x12$\n" +
+	"\x0ehost_udp_ports\x18\b \x03(\rR\fhostUdpPorts\x12:\n" +
+	"\aworkers\x18\t \x03(\v2 .overplane.control.v1.SnatWorkerR\aworkers\x121\n" +
+	"\x04pods\x18\n" +
+	" \x03(\v2\x1d.overplane.control.v1.SnatPodR\x04pods\x12C\n" +
+	"\tsaturated\x18\v \x03(\v2%.overplane.control.v1.SnatDestinationR\tsaturated\"\xc3\x03\n" +
+	"\n" +
+	"SnatWorker\x12\x16\n" +
+	"\x06worker\x18\x01 \x01(\rR\x06worker\x12#\n" +
+	"\rsessions_ipv4\x18\x02 \x01(\rR\fsessionsIpv4\x12#\n" +
+	"\rsessions_ipv6\x18\x03 \x01(\rR\fsessionsIpv6\x12#\n" +
+	"\rcapacity_ipv4\x18\x04 \x01(\rR\fcapacityIpv4\x12#\n" +
+	"\rcapacity_ipv6\x18\x05 \x01(\rR\fcapacityIpv6\x12\x1b\n" +
+	"\thalf_open\x18\x06 \x01(\rR\bhalfOpen\x12\x18\n" +
+	"\acreated\x18\a \x01(\x04R\acreated\x12\x18\n" +
+	"\aexpired\x18\b \x01(\x04R\aexpired\x12\x14\n" +
+	"\x05ended\x18\t \x01(\x04R\x05ended\x12\x1e\n" +
+	"\n" +
+	"fragmented\x18\n" +
+	" \x01(\rR\n" +
+	"fragmented\x12%\n" +
+	"\x0eheld_fragments\x18\v \x01(\rR\rheldFragments\x12\x1b\n" +
+	"\terrors_in\x18\f \x01(\x04R\berrorsIn\x12\x1d\n" +
+	"\n" +
+	"errors_out\x18\r \x01(\x04R\terrorsOut\x12\x1f\n" +
+	"\vhanded_over\x18\x0e \x01(\x04R\n" +
+	"handedOver\"\xa3\x02\n" +
+	"\aSnatPod\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12#\n" +
+	"\rsessions_ipv4\x18\x02 \x01(\rR\fsessionsIpv4\x12#\n" +
+	"\rsessions_ipv6\x18\x03 \x01(\rR\fsessionsIpv6\x12\x1b\n" +
+	"\ttcp_ports\x18\x04 \x01(\rR\btcpPorts\x12\x1b\n" +
+	"\tudp_ports\x18\x05 \x01(\rR\budpPorts\x12)\n" +
+	"\x10icmp_identifiers\x18\x06 \x01(\rR\x0ficmpIdentifiers\x12\x1b\n" +
+	"\ttcp_limit\x18\a \x01(\rR\btcpLimit\x12\x1b\n" +
+	"\tudp_limit\x18\b \x01(\rR\budpLimit\x12\x1d\n" +
+	"\n" +
+	"icmp_limit\x18\t \x01(\rR\ticmpLimit\"\x83\x01\n" +
+	"\x0fSnatDestination\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x16\n" +
+	"\x06remote\x18\x03 \x01(\tR\x06remote\x12\x14\n" +
+	"\x05ports\x18\x04 \x01(\rR\x05ports\x12\x14\n" +
+	"\x05limit\x18\x05 \x01(\rR\x05limit*P\n" +
 	"\bPodState\x12\x19\n" +
 	"\x15POD_STATE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPOD_STATE_READY\x10\x01\x12\x14\n" +
-	"\x10POD_STATE_FAILED\x10\x022\xc6\a\n" +
+	"\x10POD_STATE_FAILED\x10\x022\x85\t\n" +
 	"\fLocalService\x12\\\n" +
 	"\tAttachPod\x12&.overplane.control.v1.AttachPodRequest\x1a'.overplane.control.v1.AttachPodResponse\x12\\\n" +
 	"\tDetachPod\x12&.overplane.control.v1.DetachPodRequest\x1a'.overplane.control.v1.DetachPodResponse\x12Y\n" +
@@ -2201,7 +3033,9 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\n" +
 	"ListRoutes\x12'.overplane.control.v1.ListRoutesRequest\x1a(.overplane.control.v1.ListRoutesResponse\x12b\n" +
 	"\vGetCounters\x12(.overplane.control.v1.GetCountersRequest\x1a).overplane.control.v1.GetCountersResponse\x12Y\n" +
-	"\bGetDrops\x12%.overplane.control.v1.GetDropsRequest\x1a&.overplane.control.v1.GetDropsResponseBKZIgithub.com/overplane/overplane/control/api/overplane/control/v1;controlv1b\x06proto3"
+	"\bGetDrops\x12%.overplane.control.v1.GetDropsRequest\x1a&.overplane.control.v1.GetDropsResponse\x12e\n" +
+	"\fListSessions\x12).overplane.control.v1.ListSessionsRequest\x1a*.overplane.control.v1.ListSessionsResponse\x12V\n" +
+	"\aGetSnat\x12$.overplane.control.v1.GetSnatRequest\x1a%.overplane.control.v1.GetSnatResponseBKZIgithub.com/overplane/overplane/control/api/overplane/control/v1;controlv1b\x06proto3"
 
 var (
 	file_overplane_control_v1_local_proto_rawDescOnce sync.Once
@@ -2216,7 +3050,7 @@ func file_overplane_control_v1_local_proto_rawDescGZIP() []byte {
 }
 
 var file_overplane_control_v1_local_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_overplane_control_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_overplane_control_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_overplane_control_v1_local_proto_goTypes = []any{
 	(PodState)(0),                 // 0: overplane.control.v1.PodState
 	(*AttachPodRequest)(nil),      // 1: overplane.control.v1.AttachPodRequest
@@ -2248,65 +3082,81 @@ var file_overplane_control_v1_local_proto_goTypes = []any{
 	(*GetDropsRequest)(nil),       // 27: overplane.control.v1.GetDropsRequest
 	(*GetDropsResponse)(nil),      // 28: overplane.control.v1.GetDropsResponse
 	(*DropCount)(nil),             // 29: overplane.control.v1.DropCount
-	nil,                           // 30: overplane.control.v1.Uplink.SteeringEntry
-	nil,                           // 31: overplane.control.v1.GetCountersResponse.AnsweredEntry
-	nil,                           // 32: overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
-	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
-	(*NodeState)(nil),             // 34: overplane.control.v1.NodeState
-	(*Version)(nil),               // 35: overplane.control.v1.Version
-	(*StatePatch)(nil),            // 36: overplane.control.v1.StatePatch
+	(*ListSessionsRequest)(nil),   // 30: overplane.control.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),  // 31: overplane.control.v1.ListSessionsResponse
+	(*Session)(nil),               // 32: overplane.control.v1.Session
+	(*GetSnatRequest)(nil),        // 33: overplane.control.v1.GetSnatRequest
+	(*GetSnatResponse)(nil),       // 34: overplane.control.v1.GetSnatResponse
+	(*SnatWorker)(nil),            // 35: overplane.control.v1.SnatWorker
+	(*SnatPod)(nil),               // 36: overplane.control.v1.SnatPod
+	(*SnatDestination)(nil),       // 37: overplane.control.v1.SnatDestination
+	nil,                           // 38: overplane.control.v1.Uplink.SteeringEntry
+	nil,                           // 39: overplane.control.v1.GetCountersResponse.AnsweredEntry
+	nil,                           // 40: overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
+	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
+	(*NodeState)(nil),             // 42: overplane.control.v1.NodeState
+	(*Version)(nil),               // 43: overplane.control.v1.Version
+	(*StatePatch)(nil),            // 44: overplane.control.v1.StatePatch
 }
 var file_overplane_control_v1_local_proto_depIdxs = []int32{
 	7,  // 0: overplane.control.v1.AttachPodResponse.pod:type_name -> overplane.control.v1.Pod
 	7,  // 1: overplane.control.v1.ListPodsResponse.pods:type_name -> overplane.control.v1.Pod
 	0,  // 2: overplane.control.v1.Pod.state:type_name -> overplane.control.v1.PodState
-	33, // 3: overplane.control.v1.Pod.attached_at:type_name -> google.protobuf.Timestamp
-	34, // 4: overplane.control.v1.ReplaceStateRequest.state:type_name -> overplane.control.v1.NodeState
-	35, // 5: overplane.control.v1.ReplaceStateResponse.programmed:type_name -> overplane.control.v1.Version
-	36, // 6: overplane.control.v1.PatchStateRequest.patch:type_name -> overplane.control.v1.StatePatch
-	35, // 7: overplane.control.v1.PatchStateResponse.programmed:type_name -> overplane.control.v1.Version
-	34, // 8: overplane.control.v1.GetStateResponse.state:type_name -> overplane.control.v1.NodeState
-	33, // 9: overplane.control.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	35, // 10: overplane.control.v1.GetStatusResponse.desired:type_name -> overplane.control.v1.Version
-	35, // 11: overplane.control.v1.GetStatusResponse.programmed:type_name -> overplane.control.v1.Version
+	41, // 3: overplane.control.v1.Pod.attached_at:type_name -> google.protobuf.Timestamp
+	42, // 4: overplane.control.v1.ReplaceStateRequest.state:type_name -> overplane.control.v1.NodeState
+	43, // 5: overplane.control.v1.ReplaceStateResponse.programmed:type_name -> overplane.control.v1.Version
+	44, // 6: overplane.control.v1.PatchStateRequest.patch:type_name -> overplane.control.v1.StatePatch
+	43, // 7: overplane.control.v1.PatchStateResponse.programmed:type_name -> overplane.control.v1.Version
+	42, // 8: overplane.control.v1.GetStateResponse.state:type_name -> overplane.control.v1.NodeState
+	41, // 9: overplane.control.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	43, // 10: overplane.control.v1.GetStatusResponse.desired:type_name -> overplane.control.v1.Version
+	43, // 11: overplane.control.v1.GetStatusResponse.programmed:type_name -> overplane.control.v1.Version
 	16, // 12: overplane.control.v1.GetStatusResponse.uplink:type_name -> overplane.control.v1.Uplink
 	18, // 13: overplane.control.v1.GetStatusResponse.host_port:type_name -> overplane.control.v1.HostPort
 	19, // 14: overplane.control.v1.GetStatusResponse.workers:type_name -> overplane.control.v1.Worker
 	17, // 15: overplane.control.v1.Uplink.why_not_more:type_name -> overplane.control.v1.RungRefusal
-	30, // 16: overplane.control.v1.Uplink.steering:type_name -> overplane.control.v1.Uplink.SteeringEntry
-	35, // 17: overplane.control.v1.ListRoutesResponse.programmed:type_name -> overplane.control.v1.Version
+	38, // 16: overplane.control.v1.Uplink.steering:type_name -> overplane.control.v1.Uplink.SteeringEntry
+	43, // 17: overplane.control.v1.ListRoutesResponse.programmed:type_name -> overplane.control.v1.Version
 	22, // 18: overplane.control.v1.ListRoutesResponse.routes:type_name -> overplane.control.v1.ProgrammedRoute
 	25, // 19: overplane.control.v1.GetCountersResponse.ports:type_name -> overplane.control.v1.PortCounters
-	31, // 20: overplane.control.v1.GetCountersResponse.answered:type_name -> overplane.control.v1.GetCountersResponse.AnsweredEntry
-	32, // 21: overplane.control.v1.GetCountersResponse.icmp_errors:type_name -> overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
+	39, // 20: overplane.control.v1.GetCountersResponse.answered:type_name -> overplane.control.v1.GetCountersResponse.AnsweredEntry
+	40, // 21: overplane.control.v1.GetCountersResponse.icmp_errors:type_name -> overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
 	26, // 22: overplane.control.v1.PortCounters.in:type_name -> overplane.control.v1.Traffic
 	26, // 23: overplane.control.v1.PortCounters.out:type_name -> overplane.control.v1.Traffic
 	29, // 24: overplane.control.v1.GetDropsResponse.drops:type_name -> overplane.control.v1.DropCount
-	1,  // 25: overplane.control.v1.LocalService.AttachPod:input_type -> overplane.control.v1.AttachPodRequest
-	3,  // 26: overplane.control.v1.LocalService.DetachPod:input_type -> overplane.control.v1.DetachPodRequest
-	5,  // 27: overplane.control.v1.LocalService.ListPods:input_type -> overplane.control.v1.ListPodsRequest
-	8,  // 28: overplane.control.v1.LocalService.ReplaceState:input_type -> overplane.control.v1.ReplaceStateRequest
-	10, // 29: overplane.control.v1.LocalService.PatchState:input_type -> overplane.control.v1.PatchStateRequest
-	12, // 30: overplane.control.v1.LocalService.GetState:input_type -> overplane.control.v1.GetStateRequest
-	14, // 31: overplane.control.v1.LocalService.GetStatus:input_type -> overplane.control.v1.GetStatusRequest
-	20, // 32: overplane.control.v1.LocalService.ListRoutes:input_type -> overplane.control.v1.ListRoutesRequest
-	23, // 33: overplane.control.v1.LocalService.GetCounters:input_type -> overplane.control.v1.GetCountersRequest
-	27, // 34: overplane.control.v1.LocalService.GetDrops:input_type -> overplane.control.v1.GetDropsRequest
-	2,  // 35: overplane.control.v1.LocalService.AttachPod:output_type -> overplane.control.v1.AttachPodResponse
-	4,  // 36: overplane.control.v1.LocalService.DetachPod:output_type -> overplane.control.v1.DetachPodResponse
-	6,  // 37: overplane.control.v1.LocalService.ListPods:output_type -> overplane.control.v1.ListPodsResponse
-	9,  // 38: overplane.control.v1.LocalService.ReplaceState:output_type -> overplane.control.v1.ReplaceStateResponse
-	11, // 39: overplane.control.v1.LocalService.PatchState:output_type -> overplane.control.v1.PatchStateResponse
-	13, // 40: overplane.control.v1.LocalService.GetState:output_type -> overplane.control.v1.GetStateResponse
-	15, // 41: overplane.control.v1.LocalService.GetStatus:output_type -> overplane.control.v1.GetStatusResponse
-	21, // 42: overplane.control.v1.LocalService.ListRoutes:output_type -> overplane.control.v1.ListRoutesResponse
-	24, // 43: overplane.control.v1.LocalService.GetCounters:output_type -> overplane.control.v1.GetCountersResponse
-	28, // 44: overplane.control.v1.LocalService.GetDrops:output_type -> overplane.control.v1.GetDropsResponse
-	35, // [35:45] is the sub-list for method output_type
-	25, // [25:35] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	32, // 25: overplane.control.v1.ListSessionsResponse.sessions:type_name -> overplane.control.v1.Session
+	35, // 26: overplane.control.v1.GetSnatResponse.workers:type_name -> overplane.control.v1.SnatWorker
+	36, // 27: overplane.control.v1.GetSnatResponse.pods:type_name -> overplane.control.v1.SnatPod
+	37, // 28: overplane.control.v1.GetSnatResponse.saturated:type_name -> overplane.control.v1.SnatDestination
+	1,  // 29: overplane.control.v1.LocalService.AttachPod:input_type -> overplane.control.v1.AttachPodRequest
+	3,  // 30: overplane.control.v1.LocalService.DetachPod:input_type -> overplane.control.v1.DetachPodRequest
+	5,  // 31: overplane.control.v1.LocalService.ListPods:input_type -> overplane.control.v1.ListPodsRequest
+	8,  // 32: overplane.control.v1.LocalService.ReplaceState:input_type -> overplane.control.v1.ReplaceStateRequest
+	10, // 33: overplane.control.v1.LocalService.PatchState:input_type -> overplane.control.v1.PatchStateRequest
+	12, // 34: overplane.control.v1.LocalService.GetState:input_type -> overplane.control.v1.GetStateRequest
+	14, // 35: overplane.control.v1.LocalService.GetStatus:input_type -> overplane.control.v1.GetStatusRequest
+	20, // 36: overplane.control.v1.LocalService.ListRoutes:input_type -> overplane.control.v1.ListRoutesRequest
+	23, // 37: overplane.control.v1.LocalService.GetCounters:input_type -> overplane.control.v1.GetCountersRequest
+	27, // 38: overplane.control.v1.LocalService.GetDrops:input_type -> overplane.control.v1.GetDropsRequest
+	30, // 39: overplane.control.v1.LocalService.ListSessions:input_type -> overplane.control.v1.ListSessionsRequest
+	33, // 40: overplane.control.v1.LocalService.GetSnat:input_type -> overplane.control.v1.GetSnatRequest
+	2,  // 41: overplane.control.v1.LocalService.AttachPod:output_type -> overplane.control.v1.AttachPodResponse
+	4,  // 42: overplane.control.v1.LocalService.DetachPod:output_type -> overplane.control.v1.DetachPodResponse
+	6,  // 43: overplane.control.v1.LocalService.ListPods:output_type -> overplane.control.v1.ListPodsResponse
+	9,  // 44: overplane.control.v1.LocalService.ReplaceState:output_type -> overplane.control.v1.ReplaceStateResponse
+	11, // 45: overplane.control.v1.LocalService.PatchState:output_type -> overplane.control.v1.PatchStateResponse
+	13, // 46: overplane.control.v1.LocalService.GetState:output_type -> overplane.control.v1.GetStateResponse
+	15, // 47: overplane.control.v1.LocalService.GetStatus:output_type -> overplane.control.v1.GetStatusResponse
+	21, // 48: overplane.control.v1.LocalService.ListRoutes:output_type -> overplane.control.v1.ListRoutesResponse
+	24, // 49: overplane.control.v1.LocalService.GetCounters:output_type -> overplane.control.v1.GetCountersResponse
+	28, // 50: overplane.control.v1.LocalService.GetDrops:output_type -> overplane.control.v1.GetDropsResponse
+	31, // 51: overplane.control.v1.LocalService.ListSessions:output_type -> overplane.control.v1.ListSessionsResponse
+	34, // 52: overplane.control.v1.LocalService.GetSnat:output_type -> overplane.control.v1.GetSnatResponse
+	41, // [41:53] is the sub-list for method output_type
+	29, // [29:41] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_overplane_control_v1_local_proto_init() }
@@ -2321,7 +3171,7 @@ func file_overplane_control_v1_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_overplane_control_v1_local_proto_rawDesc), len(file_overplane_control_v1_local_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   32,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

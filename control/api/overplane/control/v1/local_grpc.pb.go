@@ -31,6 +31,8 @@ const (
 	LocalService_ListRoutes_FullMethodName   = "/overplane.control.v1.LocalService/ListRoutes"
 	LocalService_GetCounters_FullMethodName  = "/overplane.control.v1.LocalService/GetCounters"
 	LocalService_GetDrops_FullMethodName     = "/overplane.control.v1.LocalService/GetDrops"
+	LocalService_ListSessions_FullMethodName = "/overplane.control.v1.LocalService/ListSessions"
+	LocalService_GetSnat_FullMethodName      = "/overplane.control.v1.LocalService/GetSnat"
 )
 
 // LocalServiceClient is the client API for LocalService service.
@@ -56,6 +58,10 @@ type LocalServiceClient interface {
 	ListRoutes(ctx context.Context, in *ListRoutesRequest, opts ...grpc.CallOption) (*ListRoutesResponse, error)
 	GetCounters(ctx context.Context, in *GetCountersRequest, opts ...grpc.CallOption) (*GetCountersResponse, error)
 	GetDrops(ctx context.Context, in *GetDropsRequest, opts ...grpc.CallOption) (*GetDropsResponse, error)
+	// ListSessions returns translated flows. It looks at every session there is: with a million of them it takes seconds, of which packets wait for microseconds.
+	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
+	// GetSnat returns how address translation stands.
+	GetSnat(ctx context.Context, in *GetSnatRequest, opts ...grpc.CallOption) (*GetSnatResponse, error)
 }
 
 type localServiceClient struct {
@@ -166,6 +172,26 @@ func (c *localServiceClient) GetDrops(ctx context.Context, in *GetDropsRequest, 
 	return out, nil
 }
 
+func (c *localServiceClient) ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSessionsResponse)
+	err := c.cc.Invoke(ctx, LocalService_ListSessions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *localServiceClient) GetSnat(ctx context.Context, in *GetSnatRequest, opts ...grpc.CallOption) (*GetSnatResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetSnatResponse)
+	err := c.cc.Invoke(ctx, LocalService_GetSnat_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // LocalServiceServer is the server API for LocalService service.
 // All implementations must embed UnimplementedLocalServiceServer
 // for forward compatibility.
@@ -189,6 +215,10 @@ type LocalServiceServer interface {
 	ListRoutes(context.Context, *ListRoutesRequest) (*ListRoutesResponse, error)
 	GetCounters(context.Context, *GetCountersRequest) (*GetCountersResponse, error)
 	GetDrops(context.Context, *GetDropsRequest) (*GetDropsResponse, error)
+	// ListSessions returns translated flows. It looks at every session there is: with a million of them it takes seconds, of which packets wait for microseconds.
+	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
+	// GetSnat returns how address translation stands.
+	GetSnat(context.Context, *GetSnatRequest) (*GetSnatResponse, error)
 	mustEmbedUnimplementedLocalServiceServer()
 }
 
@@ -228,6 +258,12 @@ func (UnimplementedLocalServiceServer) GetCounters(context.Context, *GetCounters
 }
 func (UnimplementedLocalServiceServer) GetDrops(context.Context, *GetDropsRequest) (*GetDropsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetDrops not implemented")
+}
+func (UnimplementedLocalServiceServer) ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSessions not implemented")
+}
+func (UnimplementedLocalServiceServer) GetSnat(context.Context, *GetSnatRequest) (*GetSnatResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetSnat not implemented")
 }
 func (UnimplementedLocalServiceServer) mustEmbedUnimplementedLocalServiceServer() {}
 func (UnimplementedLocalServiceServer) testEmbeddedByValue()                      {}
@@ -430,6 +466,42 @@ func _LocalService_GetDrops_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _LocalService_ListSessions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSessionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(LocalServiceServer).ListSessions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: LocalService_ListSessions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(LocalServiceServer).ListSessions(ctx, req.(*ListSessionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _LocalService_GetSnat_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetSnatRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(LocalServiceServer).GetSnat(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: LocalService_GetSnat_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(LocalServiceServer).GetSnat(ctx, req.(*GetSnatRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // LocalService_ServiceDesc is the grpc.ServiceDesc for LocalService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -476,6 +548,14 @@ var LocalService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetDrops",
 			Handler:    _LocalService_GetDrops_Handler,
+		},
+		{
+			MethodName: "ListSessions",
+			Handler:    _LocalService_ListSessions_Handler,
+		},
+		{
+			MethodName: "GetSnat",
+			Handler:    _LocalService_GetSnat_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
