@@ -46,6 +46,7 @@ type Agent struct {
 	again    chan string   // why the data plane must start again
 	store    podStore
 	saver    *stateSaver
+	sync     *controller // nil: another source of desired state
 
 	// ----
 	facts    Facts

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/overplane/overplane/control/api"
+	syncclient "github.com/overplane/overplane/control/client/sync"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 )
 
@@ -52,6 +53,15 @@ func loadFile(node, path string) (*desired, error) {
 func loadInitial(cfg *Config) (d *desired, problem string) {
 	last := filepath.Join(cfg.StateDir, lastState)
 	switch cfg.StateSource {
+	case SourceController:
+		s, err := syncclient.Last(cfg.StateDir, cfg.NodeName)
+		if s != nil && err == nil {
+			d, err = checkState(cfg.NodeName, s)
+		}
+		if err != nil {
+			return nil, fmt.Sprintf("the last table cannot be used: %v; waiting for the controller", err)
+		}
+		return d, ""
 	case SourceFile:
 		d, err := loadFile(cfg.NodeName, cfg.StateFile)
 		if err == nil {

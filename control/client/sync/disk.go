@@ -51,6 +51,16 @@ func save(dir string, table *controlv1.NodeState) (err error) {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// Last is the state that a client with this directory would apply first: that of the table it kept. There being none is no error, and no state. A daemon that
+// forwards by it before it runs its client is never without one.
+func Last(dir, node string) (*controlv1.NodeState, error) {
+	all, err := load(dir, node)
+	if all == nil || err != nil {
+		return nil, err
+	}
+	return newTable(all).state(), nil
+}
+
 // load reads the file. There being none is no error, and no table.
 func load(dir, node string) (*controlv1.NodeState, error) {
 	name := filepath.Join(dir, diskFile)
