@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/overplane/overplane/control/api"
-	syncclient "github.com/overplane/overplane/control/client/sync"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
+	syncclient "github.com/overplane/overplane/control/client/sync"
 )
 
 // filePoll is how often the state file is looked at. A stat(2) sees every way in which files are replaced (rename, symbolic links,
