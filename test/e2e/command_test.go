@@ -52,7 +52,7 @@ func TestLabRunProvesAndCleansUp(t *testing.T) {
 	cleanCommandLab(t)
 	out, err := overplaneLab(t, "run").CombinedOutput()
 	require.NoError(t, err, string(out))
-	for _, p := range lab.Proofs() {
+	for _, p := range append(lab.Proofs(), lab.ControlProofs()...) {
 		require.Contains(t, string(out), p.Name)
 	}
 	require.NotContains(t, string(out), "FAILED")
