@@ -193,6 +193,7 @@ func (a *Agent) publish() {
 		a.programmed = a.state
 	}
 	a.applySteering(plan)
+	a.acknowledgeAnew()
 }
 
 // settled waits until every worker forwards by the last published snapshot, but not for ever.

@@ -160,7 +160,6 @@ func (a *Agent) forget(p *pod, why string) {
 		a.log.Error("a pod's device could not be deleted", "pod", dev.Pod, "netns", dev.NetNS, "device", dev.Interface, "error", err)
 	}
 	_ = a.savePods() // reported and tried again by retry
-	a.sync.podLeft()
 }
 
 // detach is the body of DetachPod.

@@ -25,8 +25,9 @@ type controller struct {
 	changed chan struct{}
 
 	// The rest belongs to the agent's goroutine.
-	told    syncclient.Facts
-	waiters bool // the last acknowledgement had failures that end with a pod
+	told  syncclient.Facts
+	acked []*controlv1.EntryFailure // in the last acknowledgement
+	busy  bool                      // a table is being taken over, and acknowledged after that
 }
 
 // errNoFacts says that the uplink has no address yet, or is gone.
@@ -103,7 +104,10 @@ func (a *Agent) applyTable(ctx context.Context, s *controlv1.NodeState) error {
 	return err
 }
 
+// takeTable makes d the desired state. Its entries that could not be programmed are the error, if nothing else is wrong.
 func (a *Agent) takeTable(d *desired) error {
+	a.sync.busy = true
+	defer func() { a.sync.busy = false }()
 	if have := a.state; have != nil && have.raw.GetDigest() == d.raw.GetDigest() && have.raw.GetEntryCount() == d.raw.GetEntryCount() {
 		// The same entries under another version: there is nothing to build.
 		a.state, a.stateProblem = d, ""
@@ -117,16 +121,32 @@ func (a *Agent) takeTable(d *desired) error {
 	if a.programmed != a.state {
 		return errors.New("a worker has not taken over the desired state")
 	}
-	failures := a.keptBlocks()
-	a.sync.waiters = len(failures) > 0
-	if len(failures) > 0 {
-		return failures
+	a.sync.acked = a.failures()
+	if len(a.sync.acked) > 0 {
+		return syncclient.Failures(a.sync.acked)
 	}
 	return nil
 }
 
+// failures are what is to be acknowledged as not programmed.
+func (a *Agent) failures() []*controlv1.EntryFailure {
+	return append(a.keptBlocks(), a.built.Failures...)
+}
+
+// acknowledgeAnew tells the controller that other entries than before are not programmed, since a pod left or the uplink changed.
+func (a *Agent) acknowledgeAnew() {
+	if a.sync == nil || a.sync.busy || a.state == nil {
+		return
+	}
+	if !slices.EqualFunc(a.failures(), a.sync.acked, func(x, y *controlv1.EntryFailure) bool {
+		return x.GetKind() == y.GetKind() && x.GetKey() == y.GetKey() && x.GetReason() == y.GetReason()
+	}) {
+		a.sync.client.Again()
+	}
+}
+
 // keptBlocks are the blocks that the node does not own any more but whose addresses pods still have: they are not free for another node.
-func (a *Agent) keptBlocks() (out syncclient.Failures) {
+func (a *Agent) keptBlocks() (out []*controlv1.EntryFailure) {
 	pods := make(map[netip.Prefix][]string)
 	for _, p := range a.podsInOrder() {
 		for _, addr := range []netip.Addr{p.rec.IPv4, p.rec.IPv6} {
@@ -153,13 +173,6 @@ func (d *desired) strayBlock(a netip.Addr) netip.Prefix {
 		}
 	}
 	return netip.Prefix{}
-}
-
-// podLeft acknowledges anew if a pod was in the way of the last acknowledgement.
-func (c *controller) podLeft() {
-	if c != nil && c.waiters {
-		c.client.Again()
-	}
 }
 
 // refused is a problem: the node does not do what its controller says, and will not by itself.

@@ -261,6 +261,28 @@ func TestNewFactsAreTold(t *testing.T) {
 	n.eventually("the node's own state says so", func() bool { return n.status().GetReady() })
 }
 
+func TestWhatCannotBeProgrammedIsAcknowledgedAsSuch(t *testing.T) {
+	c := newTestController(t)
+	machine := newFakePlatform()
+	n := startNode(t, c.config(), machine)
+	n.joined()
+	c.other()
+	n.eventually("both have converged", func() bool {
+		r, err := c.admin.GetConvergence(t.Context(), &controlv1.GetConvergenceRequest{})
+		return err == nil && r.GetConverged() == 2
+	})
+	addresses := machine.facts.Addresses
+	machine.set(func(f *Facts) {
+		f.Addresses = []netip.Prefix{netip.MustParsePrefix("10.240.0.11/32"), netip.MustParsePrefix("fd00:240::11/128")}
+	})
+	n.eventually("the other node is on another link now", func() bool {
+		f := c.node("n1").GetFailures()
+		return len(f) == 1 && f[0].GetKind() == "member" && f[0].GetKey() == "n2"
+	})
+	machine.set(func(f *Facts) { f.Addresses = addresses })
+	n.eventually("and back", func() bool { return len(c.node("n1").GetFailures()) == 0 })
+}
+
 func TestFactsOfANode(t *testing.T) {
 	a := newAgent(Config{NodeName: "n1", Underlay: UnderlayDirect}, "test", nil, nil)
 	_, err := a.syncFacts()
