@@ -122,6 +122,18 @@ func TestNodesOfAController(t *testing.T) {
 		require.NoError(t, l.Drain(testContext(t), "n4"))
 	})
 
+	t.Run("the_traffic_counts_what_is_lost", func(t *testing.T) {
+		traffic, err := l.StartTraffic()
+		require.NoError(t, err)
+		require.NoError(t, n3.Kill())
+		require.NoError(t, n3.Start(testContext(t)))
+		time.Sleep(200 * time.Millisecond)
+		_, err = traffic.Stop()
+		require.ErrorContains(t, err, "n1-p1 to n3-p1, IPv4: ")
+		require.NotContains(t, err.Error(), "n1-p1 to n2-p1")
+		require.NoError(t, l.WaitProgrammed(testContext(t)))
+	})
+
 	// The last one: n3 is not whole afterwards.
 	t.Run("a_block_that_pods_live_in_is_not_given_up", func(t *testing.T) {
 		require.NoError(t, l.AdminCall(testContext(t), func(ctx context.Context, c controlv1.AdminServiceClient) error {

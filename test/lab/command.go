@@ -22,16 +22,18 @@ func Command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "lab",
 		Short: "A cluster on this machine: namespaces, wires and real daemons",
-		Long: `A cluster on this machine, made of network namespaces and real daemons. It needs root.
+		Long: `A cluster on this machine, made of network namespaces, a real controller and real daemons. It needs root.
 
   overplane lab run                 make a cluster, prove that it works, take it down
   overplane lab up                  make a cluster and leave it there to play with
-  overplane lab exec n1-p1 -- ping 10.244.2.2
+  overplane lab exec n1-p1 -- ping 10.244.1.2
+  overplane lab exec gw -- overplane nodes
   overplane lab node kill n2
+  overplane lab controller kill
   overplane lab down
 
 Namespaces are named ovp-gw (the underlay's bridge and router), ovp-ext (outside), ovp-n1 (a node), ovp-n1-p1 (a pod); files are under
-/run/overplane-lab/ovp.`,
+/run/overplane-lab/ovp, the controller's and an administrator's certificate in controller/.`,
 		Args: cobra.NoArgs,
 	}
 	name := c.PersistentFlags().String("name", defaultLabName, "name of the lab, the prefix of its namespaces")
