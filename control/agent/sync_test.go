@@ -305,15 +305,15 @@ func TestSameEntriesUnderANewVersionBuildNothing(t *testing.T) {
 	n := startNode(t, c.config(), newFakePlatform())
 	n.joined()
 	generation := func() uint64 { return n.status().GetWorkers()[0].GetSnapshot() }
-	before, version := generation(), n.status().GetProgrammed()
-	// A route that comes and goes; both versions may be sent as one.
+	before := generation()
 	r := &controlv1.Route{Prefix: "192.168.9.0/24", Target: &controlv1.Route_Unreachable{Unreachable: true}}
 	_, err := c.admin.SetStaticRoute(t.Context(), &controlv1.SetStaticRouteRequest{Route: r})
 	require.NoError(t, err)
 	n.eventually("a route builds", func() bool { return generation() > before })
 
 	// The controller starts again: same entries, and not less of a version.
-	before, version = generation(), n.status().GetProgrammed()
+	before = generation()
+	version := n.status().GetProgrammed()
 	c.kill()
 	n.eventually("away", func() bool { return !n.status().GetController().GetConnected() })
 	c.start()

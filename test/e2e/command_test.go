@@ -129,9 +129,6 @@ func TestLabCrashedWhileComingUp(t *testing.T) {
 	}
 	require.NoError(t, cmd.Process.Kill())
 	_ = cmd.Wait()
-	require.Positive(t, up.Controller.PID)
-	require.Equal(t, "10.240.0.1:7443", up.Controller.Address)
-
 	out, err := overplaneLab(t, "up").CombinedOutput()
 	require.Error(t, err)
 	require.Contains(t, string(out), "half there")
@@ -178,6 +175,8 @@ func TestLabCommands(t *testing.T) {
 	require.FileExists(t, "/run/overplane-lab/"+commandLab+"/n2/overplaned.env")
 	require.Equal(t, "ovptrun-n2-p1 10.244.1.2 fd12:3456:789a:0:1::2", strings.Join([]string{n2.Pods[0].Netns, n2.Pods[0].IPv4, n2.Pods[0].IPv6}, " "))
 	require.Equal(t, "ovptrun-ext 198.51.100.10 2001:db8:100::10", strings.Join([]string{up.Ext.Netns, up.Ext.IPv4, up.Ext.IPv6}, " "))
+	require.Positive(t, up.Controller.PID)
+	require.Equal(t, "10.240.0.1:7443", up.Controller.Address)
 
 	out, err := overplaneLab(t, "up").CombinedOutput()
 	require.Error(t, err)
