@@ -126,6 +126,9 @@ func checkAgainstModel(choose chooser) error {
 		return err
 	}
 	for _, a := range asked {
+		if a.Is4In6() {
+			continue // packet.Addr has no such IPv6 address, it is the IPv4 one; packets with it are malformed
+		}
 		if got, want := lookup(table, a), m.lookup(a); got != want {
 			return fmt.Errorf("%v: got %v, the model says %v\npools %v\nroutes %v", a, got, want, table.Pools(), m.routes)
 		}
