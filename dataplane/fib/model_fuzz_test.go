@@ -74,6 +74,9 @@ func makeTable(choose chooser) (*Table, *model, []netip.Addr, error) {
 			a = asked[choose(min(len(asked), 256))]
 		}
 		prefix := netip.PrefixFrom(a, length).Masked()
+		if prefix.Addr().Is4In6() && length >= 96 {
+			continue // refused, as TestBuilderErrors says
+		}
 		adj, err := b.AddAdjacency(Adjacency{Port: uint16(i)})
 		if err != nil {
 			return nil, nil, nil, err
