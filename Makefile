@@ -9,6 +9,8 @@ BENCHTIME ?= 1s
 BENCH     ?= .
 # Compiled BPF objects are committed and compared byte for byte, so that the compiler's version is part of the source.
 CLANG     ?= clang-14
+# 6.1, 6.12, newest: the Debian kernels of make test-kernels.
+KERNELS   ?= 6.1 6.12 newest
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
 export OVERPLANE_BIN := $(CURDIR)/bin
@@ -20,7 +22,7 @@ PROGRAMS := $(notdir $(wildcard cmd/*))
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: build
 build: ## build the programs into bin/
@@ -41,14 +43,22 @@ demo: build ## a cluster of three nodes on this machine: up, prove, down (needs 
 test: build ## all tests, with and without the race detector, and end to end (needs root; asks sudo; without, what needs none)
 	@.ci/test
 
+.PHONY: test-arm64
+test-arm64: ## unit tests that need no kernel, built for arm64, under QEMU's user mode
+	@.ci/test-arm64
+
+.PHONY: test-kernels
+test-kernels: ## boot Debian kernels in QEMU and test every rung in each (KERNELS="6.1 6.12 newest"; no root, no KVM)
+	@test/kernels/run $(KERNELS)
+
 .PHONY: bench
 bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
 	@go test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime '$(BENCHTIME)' -timeout 60m \
-		$$(grep -rlE '^func Benchmark' --include='*_test.go' cmd control dataplane test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
+		$$(grep -rlE '^func Benchmark' --include='*_test.go' cmd control dataplane ipam snat test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME=10s
-	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane test | sort | while IFS=: read -r file func; do \
+	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane ipam snat test | sort | while IFS=: read -r file func; do \
 		echo "== $${func#func } in $$(dirname $$file)"; \
 		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 5x ./$$(dirname $$file) </dev/null; \
 	done

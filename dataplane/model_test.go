@@ -386,6 +386,8 @@ func FuzzPoll(f *testing.F) {
 	f.Add(uint8(2), uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), fromNode2("10.244.2.7", "10.244.1.2", 30).bytes(f), uint16(0))
 	f.Add(uint8(2), uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), fromOutside("198.51.100.10", "10.240.0.11", layers.IPProtocolUDP, &layers.UDP{SrcPort: 2000, DstPort: 12345}, 10).bytes(f), uint16(0))
 	f.Add(uint8(0), uint8(0), uint8(0), uint16(0), uint16(0), uint16(0), fromPod(0, "198.51.100.10", 30).bytes(f), uint16(0))
+	// Nothing is unfinished, and yet there are leftovers in the metadata.
+	f.Add(uint8(0), uint8(0), uint8(0), uint16(0), uint16(0), uint16(39), fromPod(0, "10.244.2.7", 30).bytes(f), uint16(0))
 	gso, o := gsoFrame(f, "10.244.1.2", "10.244.2.7", podMACs[0], gatewayMAC, 4000, 1400)
 	f.Add(uint8(0), o.Flags, o.GSO, o.SegmentSize, o.ChecksumStart, o.ChecksumOffset, gso, uint16(0))
 	f.Add(uint8(0), o.Flags, o.GSO, o.SegmentSize, o.ChecksumStart, o.ChecksumOffset, gso[:200], uint16(30000))

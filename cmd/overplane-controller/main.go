@@ -63,7 +63,7 @@ func newRoot(environ []string) *cobra.Command {
 A cluster's first steps:
 
   overplane-controller pki init
-  overplane-controller pki issue controller controller --host 10.0.0.5
+  overplane-controller pki issue controller controller --host 10.0.0.5 --host 127.0.0.1
   overplane-controller pki issue admin admin
   overplane-controller pki issue node n1
   overplane-controller serve

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/overplane/overplane/control/api"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
@@ -48,6 +49,14 @@ func TestOutput(t *testing.T) {
 		s.Uplink.Up, s.Uplink.Queues, s.Uplink.Rung, s.Uplink.WhyNotMore = false, 1, "", nil
 		s.Programmed = &controlv1.Version{Incarnation: s.Desired.Incarnation, Revision: 6}
 	}
+	following := func(d *fakeDaemon) {
+		d.status.StateSource = "controller"
+		d.status.Controller = &controlv1.ControllerStatus{Connected: true, Address: "10.0.0.5:7443", Since: timestamppb.New(clock.Add(-90 * time.Second)), Accepted: d.status.Desired}
+	}
+	stale := func(d *fakeDaemon) {
+		d.status.StateSource, d.status.Warnings = "controller", []string{"no controller for 1m30s; the node forwards by the last table: controller 10.0.0.5:7443: connection refused"}
+		d.status.Controller = &controlv1.ControllerStatus{Since: timestamppb.New(clock.Add(-90 * time.Second)), Accepted: d.status.Desired, Problem: "controller 10.0.0.5:7443: connection refused"}
+	}
 	empty := func(d *fakeDaemon) {
 		d.status = &controlv1.GetStatusResponse{Node: "n1", DaemonVersion: "v0.1.0", StateSource: "api", Problems: []string{"there is no desired state yet"}}
 		d.pods, d.routes, d.counters, d.drops = nil, &controlv1.ListRoutesResponse{}, &controlv1.GetCountersResponse{}, [][]*controlv1.DropCount{nil}
@@ -63,6 +72,9 @@ func TestOutput(t *testing.T) {
 		{"status-not-ready.txt", "status", notReady, 3},
 		{"status-not-ready.json", "status --json", notReady, 3},
 		{"status-empty.txt", "status", empty, 3},
+		{"status-controller.txt", "status", following, 0},
+		{"status-stale.txt", "status", stale, 0},
+		{"status-stale.json", "status --json", stale, 0},
 		{"routes.txt", "routes", nil, 0},
 		{"routes.json", "routes --json --kind node", nil, 0},
 		{"routes-kind.txt", "routes --kind node,pod", nil, 0},

@@ -48,6 +48,7 @@ type Agent struct {
 	again    chan string   // why the data plane must start again
 	store    podStore
 	saver    *stateSaver
+	sync     *controller // nil: another source of desired state
 
 	// ----
 	facts       Facts
@@ -196,6 +197,7 @@ func (a *Agent) publish() {
 		a.programmed = a.state
 	}
 	a.applySteering(plan)
+	a.acknowledgeAnew()
 }
 
 // settled waits until every worker forwards by the last published snapshot, but not for ever.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 	"github.com/overplane/overplane/dataplane"
 	"github.com/overplane/overplane/dataplane/fib"
 	"github.com/overplane/overplane/dataplane/packet"
@@ -46,6 +47,8 @@ type Built struct {
 	Snapshot *dataplane.Snapshot
 	Routes   int // entries in the table
 	Problems []string
+	// Failures are the entries of the desired state that could not be programmed: what Problems say of single ones, for the controller.
+	Failures []*controlv1.EntryFailure
 }
 
 // Build makes a snapshot. It is a pure function and always makes one: an entry that cannot be programmed becomes a problem, a
@@ -66,6 +69,7 @@ func Build(in Input) Built {
 		for _, p := range in.state.pools {
 			if err := b.fib.AddPool(p.cidr, p.bits); err != nil {
 				b.problem("pool %s cannot be programmed: %v", p.cidr, err)
+				b.fail("pool", p.cidr.String(), err.Error())
 			}
 		}
 	}
@@ -80,13 +84,14 @@ func Build(in Input) Built {
 	table := b.fib.Build()
 	snap.FIB = table
 	b.summarise()
-	return Built{Snapshot: snap, Routes: table.Len(), Problems: b.problems}
+	return Built{Snapshot: snap, Routes: table.Len(), Problems: b.problems, Failures: b.failures}
 }
 
 type builder struct {
 	in       Input
 	fib      *fib.Builder
 	problems []string
+	failures []*controlv1.EntryFailure
 	offLink  []string // members that are not on the uplink's link
 	noMAC    []string // members without an Ethernet address
 	failed   int      // entries that the table refused, beyond those spelled out
@@ -97,6 +102,10 @@ const maxSpelled = 4
 
 func (b *builder) problem(format string, args ...any) {
 	b.problems = append(b.problems, fmt.Sprintf(format, args...))
+}
+
+func (b *builder) fail(kind, key, reason string) {
+	b.failures = append(b.failures, &controlv1.EntryFailure{Kind: kind, Key: key, Reason: reason})
 }
 
 func (b *builder) ports() []dataplane.PortInfo {
@@ -130,6 +139,7 @@ func (b *builder) adjacency(dst, src packet.MAC, slot, mtu int) uint32 {
 func (b *builder) add(p netip.Prefix, kind fib.Kind, adjacency uint32) {
 	if err := b.fib.Add(p, fib.MakeEntry(kind, adjacency)); err != nil {
 		b.refused(err)
+		b.fail("route", p.String(), err.Error())
 	}
 }
 
@@ -241,10 +251,12 @@ func (b *builder) checkOwn(m *member) {
 func (b *builder) directHop(m *member) hop {
 	if !onLink(b.in.Facts, m.addr4) && !onLink(b.in.Facts, m.addr6) {
 		b.offLink = append(b.offLink, m.name)
+		b.fail("member", m.name, "it is on another link than the uplink")
 		return hop{}
 	}
 	if m.mac == (packet.MAC{}) {
 		b.noMAC = append(b.noMAC, m.name)
+		b.fail("member", m.name, "its Ethernet address is not known")
 		return hop{}
 	}
 	adj := b.adjacency(m.mac, b.in.Facts.MAC, dataplane.UplinkSlot, b.in.UplinkMTU)

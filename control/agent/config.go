@@ -38,13 +38,33 @@ type Config struct {
 	// `none`: workers are not pinned.
 	CPUs string `env:"CPUS" allowed:"empty, none, or a list of cores and ranges such as 2-3,6 without repetition"`
 
-	// Where the desired state comes from. `file`: STATE_FILE. `api`: pushed to the local API by ReplaceState and PatchState.
-	StateSource string `env:"STATE_SOURCE" envDefault:"file" allowed:"file or api"`
+	// Where the desired state comes from. `file`: STATE_FILE. `api`: pushed to the local API by ReplaceState and PatchState. `controller`: from the
+	// controllers at SYNC_ADDRESSES, which the node introduces itself to.
+	StateSource string `env:"STATE_SOURCE" envDefault:"file" allowed:"file, api or controller"`
 
 	// The desired state as JSON, for the state source `file`. It is read at start, on SIGHUP and whenever it changes.
 	StateFile string `env:"STATE_FILE" envDefault:"/etc/overplane/state.json" allowed:"an absolute path"`
 
-	// What the daemon remembers: attached pods, the last state that was pushed, the lock that keeps a second daemon away.
+	// The controllers' addresses, for the state source `controller`. They are tried in turn; the node has a stream to one of them.
+	SyncAddresses []string `env:"SYNC_ADDRESSES" allowed:"for the state source controller a list of host:port, such as 10.0.0.5:7443,10.0.0.6:7443"`
+
+	// The name that the controllers' certificates must have. Empty: the host that is dialled.
+	SyncServerName string `env:"SYNC_SERVER_NAME" allowed:"empty, a DNS name or an address"`
+
+	// The share of the table, in percent, that a controller may remove at once without having declared that it means it. A few entries may always be.
+	SyncRemovalPercent int `env:"SYNC_REMOVAL_PERCENT" envDefault:"20" allowed:"1 to 100"`
+
+	// The certificates of the authority that issued the controllers' certificates, for the state source `controller`. This file and the next two are read again
+	// when they change.
+	TLSCA string `env:"TLS_CA" envDefault:"/etc/overplane/pki/ca.crt" allowed:"an absolute path"`
+
+	// This node's certificate: its common name is NODE_NAME.
+	TLSCert string `env:"TLS_CERT" envDefault:"/etc/overplane/pki/node.crt" allowed:"an absolute path"`
+
+	// The certificate's key.
+	TLSKey string `env:"TLS_KEY" envDefault:"/etc/overplane/pki/node.key" allowed:"an absolute path"`
+
+	// What the daemon remembers: attached pods, the last desired state, the lock that keeps a second daemon away.
 	StateDir string `env:"STATE_DIR" envDefault:"/var/lib/overplane" allowed:"an absolute path"`
 
 	// The unix socket of the local API.
@@ -129,8 +149,9 @@ const (
 
 // Values of Config.StateSource.
 const (
-	SourceFile = "file"
-	SourceAPI  = "api"
+	SourceFile       = "file"
+	SourceAPI        = "api"
+	SourceController = "controller"
 )
 
 // cpuNone is the value of Config.CPUs that leaves workers where the scheduler puts them.

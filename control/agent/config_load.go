@@ -132,7 +132,7 @@ func (c *Config) check() []problem {
 	oneOf("UplinkMode", c.UplinkMode, ModeAuto, ModeXDP, ModeXDPZeroCopy, ModeXDPCopy, ModeTun, ModePlain)
 	oneOf("PodPort", c.PodPort, KindTAP, KindVeth)
 	oneOf("Underlay", c.Underlay, UnderlayDirect, UnderlayRouted)
-	oneOf("StateSource", c.StateSource, SourceFile, SourceAPI)
+	oneOf("StateSource", c.StateSource, SourceFile, SourceAPI, SourceController)
 	oneOf("LogLevel", c.LogLevel, "debug", "info", "warn", "error")
 	oneOf("LogFormat", c.LogFormat, "text", "json")
 	within("Workers", c.Workers, 0, 64, false)
@@ -153,6 +153,9 @@ func (c *Config) check() []problem {
 	path("BPFDir", c.BPFDir)
 	if c.StateSource == SourceFile {
 		path("StateFile", c.StateFile)
+	}
+	if c.StateSource == SourceController {
+		c.checkSync(bad)
 	}
 	if path("Socket", c.Socket); len(c.Socket) > 107 {
 		bad("Socket", "%d bytes long", len(c.Socket))
@@ -222,6 +225,8 @@ func configErrorValue(field, value, reason string) error {
 // value is a field in the form in which it is set.
 func (c *Config) value(field string) string {
 	switch v := reflect.ValueOf(c).Elem().FieldByName(field).Interface().(type) {
+	case []string:
+		return strings.Join(v, ",")
 	case FileMode:
 		return fmt.Sprintf("%#o", uint32(v))
 	default:
@@ -246,14 +251,17 @@ func (c *Config) Variables() []Variable {
 	return out
 }
 
-// unknownVariables warns of every variable that has the prefix and is not the daemon's.
+// others are the variables of the other programs; one that ends in '_' stands for all that begin with it.
+var others = []string{EnvPrefix + "CONTROLLER", EnvPrefix + "CONTROLLER_", EnvPrefix + "ADMIN_", EnvPrefix + "BIN"}
+
+// unknownVariables warns of every variable that has the prefix and is no program's.
 func unknownVariables(vars map[string]string) []string {
 	var known, out []string
 	for f := range reflect.TypeFor[Config]().Fields() {
 		known = append(known, EnvPrefix+f.Tag.Get("env"))
 	}
 	for name := range vars {
-		if slices.Contains(known, name) {
+		if slices.Contains(known, name) || slices.ContainsFunc(others, func(o string) bool { return name == o || strings.HasSuffix(o, "_") && strings.HasPrefix(name, o) }) {
 			continue
 		}
 		nearest := slices.MinFunc(known, func(a, b string) int { return editDistance(name, a) - editDistance(name, b) })

@@ -68,6 +68,7 @@ func (a *Agent) uplinkChanged(f Facts) {
 	if a.uplink.Port == nil && f.Up {
 		a.openUplink() // publishes
 	}
+	a.sync.tell(a.syncFacts())
 	if a.uplink.Port == nil || !f.equal(old) {
 		a.publish()
 	}

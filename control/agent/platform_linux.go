@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/overplane/overplane/control/agent/kernel"
+	syncclient "github.com/overplane/overplane/control/client/sync"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 	"github.com/overplane/overplane/dataplane/port/tap"
@@ -266,7 +267,7 @@ func Uninstall(cfg Config, log *slog.Logger, plat Platform) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	for _, name := range []string{"pods.json", lastState} {
+	for _, name := range []string{"pods.json", lastState, syncclient.TableFile} {
 		if err := os.Remove(filepath.Join(cfg.StateDir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

@@ -86,8 +86,11 @@ func run(ctx context.Context, cfg Config, o Options, n notifier) (err error) {
 	wg.Go(func() { a.loop(running) })
 	wg.Go(func() { a.followUplink(running) })
 	fileReload := make(chan chan error)
-	if cfg.StateSource == SourceFile {
+	switch cfg.StateSource {
+	case SourceFile:
 		wg.Go(func() { a.followFile(running, a.seen, fileReload) })
+	case SourceController:
+		wg.Go(func() { a.followController(running) })
 	}
 	wg.Go(func() { a.feedWatchdog(running, n) })
 	served := make(chan error, 1)
@@ -126,7 +129,7 @@ func run(ctx context.Context, cfg Config, o Options, n notifier) (err error) {
 // reload reads the desired state again, if it is a file.
 func (a *Agent) reload(ctx context.Context, file chan<- chan error) {
 	if a.cfg.StateSource != SourceFile {
-		a.log.Info("reload: the desired state is pushed; there is nothing to read")
+		a.log.Info("reload: the desired state is not a file; there is nothing to read")
 		return
 	}
 	answer := make(chan error, 1)
@@ -197,6 +200,11 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 	a := newAgent(cfg, o.Version, log, plat)
 	a.facts = facts
 	a.seen = stampOf(cfg.StateFile)
+	if cfg.StateSource == SourceController {
+		if a.sync, err = newController(a); err != nil {
+			return nil, err
+		}
+	}
 	a.state, a.stateProblem = loadInitial(&cfg)
 	if a.stateProblem != "" {
 		log.Error("desired state", "problem", a.stateProblem, "forwarding_by_last_state", a.state != nil)
@@ -264,8 +272,10 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 		log.Warn("desired state cannot be programmed in full", "problem", p)
 	}
 	a.updatePodMTUs()
-	a.saver = newStateSaver(filepath.Join(cfg.StateDir, lastState), log, saveState)
-	cleanup.add(func() { a.saver.Close() })
+	if cfg.StateSource != SourceController { // whose client keeps its own table
+		a.saver = newStateSaver(filepath.Join(cfg.StateDir, lastState), log, saveState)
+		cleanup.add(func() { a.saver.Close() })
+	}
 	if a.state != nil && a.stateProblem == "" && cfg.StateSource == SourceFile {
 		a.saver.Save(a.state)
 	}

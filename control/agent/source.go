@@ -12,6 +12,7 @@ import (
 
 	"github.com/overplane/overplane/control/api"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
+	syncclient "github.com/overplane/overplane/control/client/sync"
 )
 
 // filePoll is how often the state file is looked at. A stat(2) sees every way in which files are replaced (rename, symbolic links,
@@ -52,6 +53,15 @@ func loadFile(node, path string) (*desired, error) {
 func loadInitial(cfg *Config) (d *desired, problem string) {
 	last := filepath.Join(cfg.StateDir, lastState)
 	switch cfg.StateSource {
+	case SourceController:
+		s, err := syncclient.Last(cfg.StateDir, cfg.NodeName)
+		if s != nil && err == nil {
+			d, err = checkState(cfg.NodeName, s)
+		}
+		if err != nil {
+			return nil, fmt.Sprintf("the last table cannot be used: %v; waiting for the controller", err)
+		}
+		return d, ""
 	case SourceFile:
 		d, err := loadFile(cfg.NodeName, cfg.StateFile)
 		if err == nil {

@@ -29,7 +29,10 @@ func (a *Agent) problems() []string {
 		}
 	}
 	add(a.stateProblem)
+	add(a.sync.refused())
 	switch {
+	case a.state == nil && a.sync != nil:
+		add("there is no desired state yet: " + a.sync.waiting())
 	case a.state == nil && a.cfg.StateSource == SourceAPI:
 		add("there is no desired state yet: waiting for one to be pushed to " + a.cfg.Socket)
 	case a.programmed != a.state:
@@ -65,6 +68,7 @@ func (a *Agent) fillStatus(m *controlv1.GetStatusResponse) {
 	m.Problems = a.problems()
 	m.Ready = len(m.Problems) == 0
 	m.StateSource = a.cfg.StateSource
+	a.sync.fillStatus(m, a.started, a.state != nil)
 	if a.state != nil {
 		m.Desired = cloneVersion(a.state.raw.GetVersion())
 		m.EntryCount = a.state.raw.GetEntryCount()

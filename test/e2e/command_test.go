@@ -52,7 +52,7 @@ func TestLabRunProvesAndCleansUp(t *testing.T) {
 	cleanCommandLab(t)
 	out, err := overplaneLab(t, "run").CombinedOutput()
 	require.NoError(t, err, string(out))
-	for _, p := range lab.Proofs() {
+	for _, p := range append(lab.Proofs(), lab.ControlProofs()...) {
 		require.Contains(t, string(out), p.Name)
 	}
 	require.NotContains(t, string(out), "FAILED")
@@ -159,7 +159,11 @@ func TestLabCommands(t *testing.T) {
 			PID                                   int
 			Pods                                  []struct{ Name, Netns, IPv4, IPv6 string }
 		}
-		Ext struct{ Netns, IPv4, IPv6 string }
+		Ext        struct{ Netns, IPv4, IPv6 string }
+		Controller struct {
+			PID     int
+			Address string
+		}
 	}
 	require.NoError(t, json.Unmarshal([]byte(must("up", "--nodes", "2", "--pods", "1", "--json")), &up))
 	require.Equal(t, commandLab, up.Name)
@@ -169,14 +173,16 @@ func TestLabCommands(t *testing.T) {
 	require.Contains(t, []string{"xdp-copy", "xdp-zerocopy"}, n2.Rung)
 	require.Positive(t, n2.PID)
 	require.FileExists(t, "/run/overplane-lab/"+commandLab+"/n2/overplaned.env")
-	require.Equal(t, "ovptrun-n2-p1 10.244.2.2 fd12:3456:789a:0:2::2", strings.Join([]string{n2.Pods[0].Netns, n2.Pods[0].IPv4, n2.Pods[0].IPv6}, " "))
+	require.Equal(t, "ovptrun-n2-p1 10.244.1.2 fd12:3456:789a:0:1::2", strings.Join([]string{n2.Pods[0].Netns, n2.Pods[0].IPv4, n2.Pods[0].IPv6}, " "))
 	require.Equal(t, "ovptrun-ext 198.51.100.10 2001:db8:100::10", strings.Join([]string{up.Ext.Netns, up.Ext.IPv4, up.Ext.IPv6}, " "))
+	require.Positive(t, up.Controller.PID)
+	require.Equal(t, "10.240.0.1:7443", up.Controller.Address)
 
 	out, err := overplaneLab(t, "up").CombinedOutput()
 	require.Error(t, err)
 	require.Contains(t, string(out), "up already")
 
-	require.Contains(t, must("exec", "n1-p1", "--", "cat", "/proc/net/if_inet6"), "fd123456789a00000001000000000002")
+	require.Contains(t, must("exec", "n1-p1", "--", "cat", "/proc/net/if_inet6"), "fd123456789a00000000000000000002")
 	require.Contains(t, must("exec", "gw", "sh", "-c", "echo $0 from the gateway", "hello"), "hello from the gateway")
 	err = overplaneLab(t, "exec", "ext", "--", "sh", "-c", "exit 42").Run()
 	var exit *exec.ExitError
@@ -195,6 +201,15 @@ func TestLabCommands(t *testing.T) {
 	must("node", "start", "n2")
 	must("node", "stop", "n2")
 	must("node", "start", "n2")
+	must("controller", "kill")
+	out, err = overplaneLab(t, "status").CombinedOutput()
+	require.Error(t, err)
+	require.Contains(t, string(out), "overplane-controller does not run")
+	must("node", "stop", "n2")
+	must("node", "start", "n2")
+	must("controller", "start")
+	must("controller", "stop")
+	must("controller", "start")
 	must("node", "add")
 	require.Contains(t, must("status"), "ovptrun-n3-p1")
 	must("node", "drain", "n2")

@@ -62,7 +62,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// newLab makes a lab and takes it down at the end of the test; nothing may be left of it then. When the test failed, the daemons' logs
+// newLab makes a lab, which is one of state files unless o says that it has a controller, and takes it down at the end of the test; nothing may be left of it then. When the test failed, the daemons' logs
 // are part of its output.
 func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	t.Helper()
@@ -74,6 +74,9 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	}
 	require.True(t, strings.HasPrefix(o.Name, "ovpt"), "a lab of the tests must not be a user's")
 	o.Binaries = binaries
+	if o.State == "" {
+		o.State = lab.StateFile
+	}
 	cellDefaults(&o)
 	require.NoError(t, lab.Down(o.Name), "removing what an earlier run left")
 	t.Cleanup(func() {
@@ -85,6 +88,14 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	l, err := lab.Up(testContext(t), o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
+		if l.Controller != nil {
+			log, err := os.ReadFile(l.ControllerLog())
+			require.NoError(t, err)
+			require.NotContains(t, string(log), "panic:")
+			if t.Failed() {
+				t.Logf("log of the controller:\n%s", log[max(0, len(log)-4000):])
+			}
+		}
 		for _, n := range l.Nodes {
 			log, err := os.ReadFile(n.LogPath())
 			require.NoError(t, err)

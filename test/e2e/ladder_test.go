@@ -146,8 +146,9 @@ func TestUplinkComesBackAsAnotherKind(t *testing.T) {
 					Exec(t, n.Netns(), "ip", "link", "set", "under0", "address", n.MAC)
 					Exec(t, n.Netns(), append([]string{"ip", "link", "add", "link", "under0", "name", "new0", "type", c.kind}, c.add...)...)
 				}
-				Exec(t, n.Netns(), "ip", "link", "set", "under0", "up")
+				// In this order: with under0 a VLAN interface on it comes up, and before Linux 6.2 what is up keeps its name.
 				Exec(t, n.Netns(), "ip", "link", "set", "new0", "name", "eth0")
+				Exec(t, n.Netns(), "ip", "link", "set", "under0", "up")
 				for _, family := range families {
 					Exec(t, n.Netns(), "ip", "addr", "add", n.Addr(family).String()+map[int]string{4: "/24", 6: "/64"}[family], "dev", "eth0")
 				}

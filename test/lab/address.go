@@ -61,15 +61,10 @@ func blockIPv6(b int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16(a), blockBitsIPv6)
 }
 
-// podIPv4 and podIPv6 are the addresses with the index within block number b. Both end in the same index.
-func podIPv4(b, index int) netip.Addr {
-	a := blockIPv4(b).Addr().As4()
-	a[3] = byte(index)
-	return netip.AddrFrom4(a)
-}
-
-func podIPv6(b, index int) netip.Addr {
-	a := blockIPv6(b).Addr().As16()
-	binary.BigEndian.PutUint16(a[14:], uint16(index))
-	return netip.AddrFrom16(a)
+// addrAt is the address with the index within a block. Both families' addresses of a pod have the same.
+func addrAt(block netip.Prefix, index int) netip.Addr {
+	b := block.Addr().AsSlice()
+	binary.BigEndian.PutUint16(b[len(b)-2:], binary.BigEndian.Uint16(b[len(b)-2:])+uint16(index))
+	a, _ := netip.AddrFromSlice(b)
+	return a
 }

@@ -106,9 +106,24 @@ func (p *Pod) Detach(ctx context.Context) error {
 
 // WaitProgrammed returns when the node forwards by the version last written and reports itself ready.
 func (n *Node) WaitProgrammed(ctx context.Context) error {
+	if n.lab.Controller != nil {
+		return n.waitController(ctx)
+	}
 	want := n.lab.Version()
 	return n.WaitStatus(ctx, "ready at revision "+fmt.Sprint(want.Revision), func(s *controlv1.GetStatusResponse) bool {
 		return s.GetReady() && proto.Equal(s.GetProgrammed(), want)
+	})
+}
+
+// waitController is WaitProgrammed with a controller. One that is away cannot say what the newest version is.
+func (n *Node) waitController(ctx context.Context) error {
+	if n.lab.ControllerPid() != 0 {
+		if err := n.lab.waitConverged(ctx, n.Name()); err != nil {
+			return fmt.Errorf("%w\n%s", err, n.LogTail(10))
+		}
+	}
+	return n.WaitStatus(ctx, "ready", func(s *controlv1.GetStatusResponse) bool {
+		return s.GetReady() && s.GetDesired() != nil && proto.Equal(s.GetDesired(), s.GetProgrammed())
 	})
 }
 
@@ -135,6 +150,11 @@ func (n *Node) WaitStatus(ctx context.Context, what string, ok func(*controlv1.G
 
 // WaitProgrammed returns when every node whose daemon runs forwards by the version last written.
 func (l *Lab) WaitProgrammed(ctx context.Context) error {
+	if l.Controller != nil && l.ControllerPid() != 0 {
+		if err := l.waitConverged(ctx); err != nil {
+			return err
+		}
+	}
 	return l.each(func(n *Node) error {
 		if n.Gone {
 			return nil

@@ -22,20 +22,22 @@ func Command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "lab",
 		Short: "A cluster on this machine: namespaces, wires and real daemons",
-		Long: `A cluster on this machine, made of network namespaces and real daemons. It needs root.
+		Long: `A cluster on this machine, made of network namespaces, a real controller and real daemons. It needs root.
 
   overplane lab run                 make a cluster, prove that it works, take it down
   overplane lab up                  make a cluster and leave it there to play with
-  overplane lab exec n1-p1 -- ping 10.244.2.2
+  overplane lab exec n1-p1 -- ping 10.244.1.2
+  overplane lab exec gw -- overplane nodes
   overplane lab node kill n2
+  overplane lab controller kill
   overplane lab down
 
 Namespaces are named ovp-gw (the underlay's bridge and router), ovp-ext (outside), ovp-n1 (a node), ovp-n1-p1 (a pod); files are under
-/run/overplane-lab/ovp.`,
+/run/overplane-lab/ovp, the controller's and an administrator's certificate in controller/.`,
 		Args: cobra.NoArgs,
 	}
 	name := c.PersistentFlags().String("name", defaultLabName, "name of the lab, the prefix of its namespaces")
-	c.AddCommand(upCommand(name), runCommand(name), statusCommand(name), downCommand(name), execCommand(name), nodeCommand(name))
+	c.AddCommand(upCommand(name), runCommand(name), statusCommand(name), downCommand(name), execCommand(name), nodeCommand(name), controllerCommand(name))
 	return c
 }
 
@@ -57,6 +59,7 @@ func optionFlags(c *cobra.Command, o *Options) {
 	f.IntVar(&o.Workers, "workers", 1, "forwarding threads of each daemon, and queues of its uplink")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay")
 	f.IntVar(&o.IPForward, "ip-forward", 0, "the kernel's ip_forward in the nodes, both families: 0 or 1")
+	f.StringVar(&o.State, "state", StateController, "where nodes get their desired state: controller, or file, which the lab writes")
 	f.StringVar(&o.Underlay, "underlay", "", "join the underlay of another lab instead of making one")
 	f.StringArrayVar(&o.Env, "env", nil, "a further setting of every daemon, OVERPLANE_X=value (repeatable)")
 }
@@ -177,6 +180,9 @@ func (l *Lab) Exec(where string, argv []string) error {
 	}
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if l.Controller != nil {
+		cmd.Env = append(os.Environ(), l.adminEnv()...) // `overplane nodes` and the like
+	}
 	// The terminal sends Ctrl-C to the command as well; the command decides what it means. It must not inherit that we ignore it.
 	interrupts := make(chan os.Signal, 1)
 	signal.Notify(interrupts, os.Interrupt)
@@ -243,25 +249,44 @@ func execCommand(name *string) *cobra.Command {
 	return c
 }
 
+// labCommand is a command that does something with a lab that is up.
+func labCommand(name *string, use, short string, args cobra.PositionalArgs, do func(context.Context, *Lab, []string) error) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short, Args: args,
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := CheckRoot(); err != nil {
+				return err
+			}
+			l, err := Load(*name)
+			if err != nil {
+				return err
+			}
+			l.Log = progress(c.ErrOrStderr())
+			ctx, stop := interruptible(c)
+			defer stop()
+			return do(ctx, l, args)
+		},
+	}
+}
+
+func controllerCommand(name *string) *cobra.Command {
+	c := &cobra.Command{Use: "controller", Short: "Kill, stop or start the lab's controller", Args: cobra.NoArgs}
+	c.AddCommand(
+		labCommand(name, "kill", "SIGKILL to the controller", cobra.NoArgs, func(_ context.Context, l *Lab, _ []string) error { return l.KillController() }),
+		labCommand(name, "stop", "SIGTERM to the controller", cobra.NoArgs, func(_ context.Context, l *Lab, _ []string) error { return l.StopController() }),
+		labCommand(name, "start", "Start the controller again; return when all nodes have converged", cobra.NoArgs, func(ctx context.Context, l *Lab, _ []string) error {
+			if err := l.StartController(ctx); err != nil {
+				return err
+			}
+			return l.WaitProgrammed(ctx)
+		}))
+	return c
+}
+
 func nodeCommand(name *string) *cobra.Command {
 	c := &cobra.Command{Use: "node", Short: "Add, drain, kill, stop, start, pause or resume a node", Args: cobra.NoArgs}
 	withLab := func(use, short string, args cobra.PositionalArgs, do func(context.Context, *Lab, []string) error) {
-		c.AddCommand(&cobra.Command{
-			Use: use, Short: short, Args: args,
-			RunE: func(c *cobra.Command, args []string) error {
-				if err := CheckRoot(); err != nil {
-					return err
-				}
-				l, err := Load(*name)
-				if err != nil {
-					return err
-				}
-				l.Log = progress(c.ErrOrStderr())
-				ctx, stop := interruptible(c)
-				defer stop()
-				return do(ctx, l, args)
-			},
-		})
+		c.AddCommand(labCommand(name, use, short, args, do))
 	}
 	onNode := func(use, short string, do func(context.Context, *Node) error) {
 		withLab(use+" n2", short, cobra.ExactArgs(1), func(ctx context.Context, l *Lab, args []string) error {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/overplane/overplane/control/pki"
 )
 
 const (
@@ -39,11 +41,16 @@ func (n *Node) settings() []string {
 		"OVERPLANE_POD_PORT=" + o.PodPort,
 		"OVERPLANE_WORKERS=" + strconv.Itoa(o.Workers),
 		"OVERPLANE_CPUS=" + workerCPUs(n.Number, o.Workers),
-		"OVERPLANE_STATE_SOURCE=file",
-		"OVERPLANE_STATE_FILE=" + n.StatePath(),
+		"OVERPLANE_STATE_SOURCE=" + o.State,
 		"OVERPLANE_STATE_DIR=" + filepath.Join(n.Dir(), "state"),
 		"OVERPLANE_SOCKET=" + n.Socket(),
 		"OVERPLANE_BPF_DIR=" + n.BPFDir(),
+	}
+	if c := n.lab.Controller; c != nil {
+		own := filepath.Join(n.Dir(), "pki", "node")
+		env = append(env, "OVERPLANE_SYNC_ADDRESSES="+c.Address, "OVERPLANE_TLS_CA="+n.lab.pkiFile(pki.CACert), "OVERPLANE_TLS_CERT="+own+".crt", "OVERPLANE_TLS_KEY="+own+".key")
+	} else {
+		env = append(env, "OVERPLANE_STATE_FILE="+n.StatePath())
 	}
 	return append(env, o.Env...)
 }
@@ -220,8 +227,10 @@ func (n *Node) Signal(sig unix.Signal) error {
 func (n *Node) Reload() error { return n.Signal(unix.SIGHUP) }
 
 // LogTail is the last lines of the daemon's log, indented.
-func (n *Node) LogTail(lines int) string {
-	data, err := os.ReadFile(n.LogPath())
+func (n *Node) LogTail(lines int) string { return tail(n.LogPath(), lines) }
+
+func tail(path string, lines int) string {
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return "    " + err.Error()
 	}

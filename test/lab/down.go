@@ -56,6 +56,9 @@ func down(name string) error {
 	names, err := labNetns(name)
 	errs = append(errs, err)
 	errs = append(errs, endProcesses(names))
+	if p, ok := readProcess(controllerPid(name)); ok { // it lives on another lab's underlay
+		errs = append(errs, p.end(3*time.Second))
+	}
 	if l != nil {
 		// The ports on another lab's bridge go with their far ends, but not before the kernel has got round to it.
 		errs = append(errs, l.unplug())
@@ -161,14 +164,15 @@ func Leftovers(name string) ([]string, error) {
 			left = append(left, path)
 		}
 	}
-	// Every daemon has its settings in its environment.
+	// Every program has its settings in its environment.
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
 	for _, e := range entries {
 		env, err := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
-		if err == nil && strings.Contains(string(env), "OVERPLANE_SOCKET="+filepath.Join(runRoot, name)+"/") {
+		mine := filepath.Join(runRoot, name) + "/"
+		if err == nil && (strings.Contains(string(env), "OVERPLANE_SOCKET="+mine) || strings.Contains(string(env), "OVERPLANE_CONTROLLER_STATE_DIR="+mine)) {
 			left = append(left, "process "+e.Name())
 		}
 	}

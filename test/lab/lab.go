@@ -34,6 +34,8 @@ type Lab struct {
 	// Incarnation and Revision are the version of the desired state last written.
 	Incarnation string `json:"incarnation"`
 	Revision    uint64 `json:"revision"`
+	// Controller is nil in a lab that writes state files.
+	Controller *Controller `json:"controller,omitempty"`
 	// Nodes in the order of their numbers.
 	Nodes []*Node `json:"members"`
 	// Complete: every step of `up` was done.
@@ -47,10 +49,13 @@ type Lab struct {
 // Node is a node of a lab: a namespace with a daemon in it.
 type Node struct {
 	Number int    `json:"number"`
-	Block  int    `json:"block"`          // number of its block in each pool
+	Block  int    `json:"block"`          // number of its block in each pool, where the lab writes state files
 	MAC    string `json:"mac"`            // of its uplink, as the desired state says
 	Pods   []*Pod `json:"pods"`           // in the order of their indexes
 	Gone   bool   `json:"gone,omitempty"` // being drained: no route leads there any more
+	// BlockIPv4 and BlockIPv6 are the blocks that the controller gave the node.
+	BlockIPv4 netip.Prefix `json:"block_ipv4,omitzero"`
+	BlockIPv6 netip.Prefix `json:"block_ipv6,omitzero"`
 
 	lab    *Lab
 	mu     sync.Mutex
@@ -119,6 +124,19 @@ func (n *Node) IPv4() netip.Addr { return nodeIPv4(n.Number) }
 // IPv6 is the node's underlay address.
 func (n *Node) IPv6() netip.Addr { return nodeIPv6(n.Number) }
 
+// block is the node's block of a family.
+func (n *Node) block(family int) netip.Prefix {
+	switch {
+	case family == 4 && n.BlockIPv4.IsValid():
+		return n.BlockIPv4
+	case family == 4:
+		return blockIPv4(n.Block)
+	case n.BlockIPv6.IsValid():
+		return n.BlockIPv6
+	}
+	return blockIPv6(n.Block)
+}
+
 // Addr is the node's underlay address of a family, 4 or 6.
 func (n *Node) Addr(family int) netip.Addr {
 	if family == 4 {
@@ -155,10 +173,10 @@ func (p *Pod) Netns() string { return p.node.lab.Name + "-" + p.Name() }
 func (p *Pod) Node() *Node { return p.node }
 
 // IPv4 is the pod's address.
-func (p *Pod) IPv4() netip.Addr { return podIPv4(p.node.Block, p.Index) }
+func (p *Pod) IPv4() netip.Addr { return addrAt(p.node.block(4), p.Index) }
 
 // IPv6 is the pod's address.
-func (p *Pod) IPv6() netip.Addr { return podIPv6(p.node.Block, p.Index) }
+func (p *Pod) IPv6() netip.Addr { return addrAt(p.node.block(6), p.Index) }
 
 // Addr is the pod's address of a family, 4 or 6.
 func (p *Pod) Addr(family int) netip.Addr {

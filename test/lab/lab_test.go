@@ -19,9 +19,9 @@ import (
 const testLab = "ovptlab"
 
 func TestOptionsNameEveryMistakeAtOnce(t *testing.T) {
-	o := Options{Name: "Bad_Name", Nodes: 1000, Pods: -1, Uplink: "carrier-pigeon", PodPort: "pigeonhole", Workers: 99, MTU: 100, IPForward: 2, Underlay: "x y"}
+	o := Options{Name: "Bad_Name", Nodes: 1000, Pods: -1, Uplink: "carrier-pigeon", PodPort: "pigeonhole", Workers: 99, MTU: 100, IPForward: 2, Underlay: "x y", State: "gossip"}
 	err := o.resolve()
-	for _, flag := range []string{"--name", "--nodes", "--pods", "--uplink", "--pod-port", "--workers", "--mtu", "--ip-forward", "--underlay"} {
+	for _, flag := range []string{"--name", "--nodes", "--pods", "--uplink", "--pod-port", "--workers", "--mtu", "--ip-forward", "--underlay", "--state"} {
 		require.ErrorContains(t, err, flag)
 	}
 	for _, rung := range []string{"xdp-copy", "tun", "plain"} {
@@ -32,6 +32,7 @@ func TestOptionsNameEveryMistakeAtOnce(t *testing.T) {
 	require.NoError(t, o.resolve())
 	require.Equal(t, "ovp", o.Name)
 	require.Equal(t, 3, o.Nodes)
+	require.Equal(t, StateController, o.State)
 }
 
 func TestAddressPlan(t *testing.T) {
@@ -44,6 +45,9 @@ func TestAddressPlan(t *testing.T) {
 	p = l.Nodes[1].Pods[0]
 	require.Equal(t, "ovp-n10-p9 10.244.10.10 fd12:3456:789a:0:a::a", fmt.Sprint(p.Netns(), " ", p.IPv4(), " ", p.IPv6()))
 	require.Equal(t, netip.MustParsePrefix("fd12:3456:789a:0:a::/80"), blockIPv6(10))
+	// What the controller gave counts, whatever the node's number.
+	l.Nodes[1].BlockIPv4, l.Nodes[1].BlockIPv6 = netip.MustParsePrefix("10.245.1.128/25"), netip.MustParsePrefix("fd12:3456:789a:0:7::/80")
+	require.Equal(t, "10.245.1.138 fd12:3456:789a:0:7::a", fmt.Sprint(p.IPv4(), " ", p.IPv6()))
 }
 
 func TestStateNamesEveryOtherNodesBlocks(t *testing.T) {
@@ -82,7 +86,7 @@ func newTopology(t *testing.T, nodes int) *Lab {
 		require.NoError(t, err)
 		require.Empty(t, left)
 	})
-	l := &Lab{Options: Options{Name: testLab, Workers: 2}, First: 1}
+	l := &Lab{Options: Options{Name: testLab, Workers: 2, State: StateFile}, First: 1}
 	require.NoError(t, l.resolve())
 	require.NoError(t, buildUnderlay(testLab, l.MTU))
 	for i := range nodes {
@@ -181,12 +185,15 @@ func TestUpThatFailsTakesDownWhatItMade(t *testing.T) {
 	require.NoError(t, Down(testLab))
 	bin := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(bin, "overplaned"), []byte("#!/bin/sh\necho no good reason\nexit 3\n"), 0o755))
-	_, err := Up(context.Background(), Options{Name: testLab, Nodes: 2, Pods: 1, Binaries: bin})
-	require.ErrorContains(t, err, "exit status 3")
-	require.ErrorContains(t, err, "no good reason", "the daemon's log says why")
-	left, err := Leftovers(testLab)
-	require.NoError(t, err)
-	require.Empty(t, left)
-	_, err = Load(testLab)
+	require.NoError(t, os.WriteFile(filepath.Join(bin, "overplane-controller"), []byte("#!/bin/sh\necho no better one\nexit 4\n"), 0o755))
+	for state, want := range map[string][2]string{StateFile: {"exit status 3", "no good reason"}, StateController: {"exit status 4", "no better one"}} {
+		_, err := Up(context.Background(), Options{Name: testLab, Nodes: 2, Pods: 1, Binaries: bin, State: state})
+		require.ErrorContains(t, err, want[0])
+		require.ErrorContains(t, err, want[1], "the log says why")
+		left, err := Leftovers(testLab)
+		require.NoError(t, err)
+		require.Empty(t, left)
+	}
+	_, err := Load(testLab)
 	require.True(t, errors.Is(err, ErrNoLab))
 }

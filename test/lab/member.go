@@ -36,11 +36,13 @@ func (l *Lab) AddNode(ctx context.Context) (*Node, error) {
 	}
 	l.Nodes = append(l.Nodes, n)
 	// The record knows the node from here on, whatever happens: drain removes it.
-	if err := l.WriteStates(); err != nil {
-		return nil, err
-	}
 	l.Log("starting %s", n.Name())
-	if err := n.Start(ctx); err != nil {
+	if l.Controller != nil {
+		err = errors.Join(l.save(), n.join(ctx))
+	} else if err = l.WriteStates(); err == nil {
+		err = n.Start(ctx)
+	}
+	if err != nil {
 		return nil, err
 	}
 	for range l.Options.Pods {
@@ -56,6 +58,9 @@ func (l *Lab) AddNode(ctx context.Context) (*Node, error) {
 
 // reload has every running daemon read its state and waits for it.
 func (l *Lab) reload(ctx context.Context) error {
+	if l.Controller != nil {
+		return l.WaitProgrammed(ctx)
+	}
 	return l.each(func(n *Node) error {
 		if n.Pid() == 0 {
 			return nil
@@ -89,10 +94,12 @@ func (l *Lab) Drain(ctx context.Context, name string) error {
 		}
 	}
 	n.Gone = true
-	if err := l.WriteStates(); err != nil {
-		return err
+	if l.Controller != nil {
+		err = errors.Join(l.save(), n.leave(ctx))
+	} else if err = l.WriteStates(); err == nil {
+		err = l.reload(ctx)
 	}
-	if err := l.reload(ctx); err != nil {
+	if err != nil {
 		return err
 	}
 	if n.Pid() != 0 {
@@ -137,7 +144,7 @@ type Report struct {
 	Created    time.Time         `json:"created"`
 	Nodes      []NodeReport      `json:"nodes"`
 	Ext        EndReport         `json:"ext"`
-	Controller *ControllerReport `json:"controller,omitempty"` // none yet: the lab writes the state files itself
+	Controller *ControllerReport `json:"controller,omitempty"` // none: the lab writes the state files itself
 }
 
 // NodeReport is one node.
@@ -177,6 +184,9 @@ func (l *Lab) Report(ctx context.Context) *Report {
 		Problems: l.Broken(ctx),
 	}
 	r.Ready = len(r.Problems) == 0
+	if l.Controller != nil {
+		r.Controller = &ControllerReport{PID: l.ControllerPid(), Address: l.Controller.Address}
+	}
 	for i, n := range l.Nodes {
 		nr := NodeReport{
 			Name: n.Name(), Netns: n.Netns(), IPv4: n.IPv4().String(), IPv6: n.IPv6().String(),
@@ -185,6 +195,9 @@ func (l *Lab) Report(ctx context.Context) *Report {
 		var s *controlv1.GetStatusResponse
 		if nr.PID != 0 {
 			s, _ = n.Status(ctx)
+		}
+		if l.Controller != nil {
+			r.Revision = max(r.Revision, s.GetProgrammed().GetRevision())
 		}
 		nr.Rung, nr.Ready = s.GetUplink().GetRung(), s.GetReady()
 		for _, p := range n.Pods {

@@ -21,6 +21,7 @@ type Options struct {
 	Workers   int    `json:"workers"`    // forwarding threads of a daemon and queues of its uplink; 1
 	MTU       int    `json:"mtu"`        // of the underlay; 1500
 	IPForward int    `json:"ip_forward"` // net.ipv4.ip_forward and net.ipv6.conf.all.forwarding in the nodes; 0
+	State     string `json:"state"`      // StateController, or StateFile: the lab writes the nodes' state files itself; "controller"
 	Underlay  string `json:"underlay"`   // name of the lab whose gw namespace is joined; empty: an underlay of its own
 
 	// Binaries is the folder with overplaned; see FindBinaries.
@@ -42,6 +43,7 @@ func (o *Options) resolve() error {
 	setDefault(&o.Nodes, 3)
 	setDefault(&o.Uplink, "auto")
 	setDefault(&o.PodPort, "tap")
+	setDefault(&o.State, StateController)
 	setDefault(&o.Workers, 1)
 	setDefault(&o.MTU, 1500)
 	if o.Log == nil {
@@ -66,6 +68,9 @@ func (o *Options) resolve() error {
 	}
 	if o.PodPort != "tap" && o.PodPort != "veth" {
 		bad("--pod-port %q: want tap or veth", o.PodPort)
+	}
+	if o.State != StateController && o.State != StateFile {
+		bad("--state %q: want %s or %s", o.State, StateController, StateFile)
 	}
 	if o.Workers < 1 || o.Workers > workersLimit {
 		bad("--workers %d: want 1 to %d", o.Workers, workersLimit)

@@ -87,11 +87,7 @@ func (l *Lab) build(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := l.WriteStates(); err != nil {
-		return err
-	}
-	l.Log("starting %d daemons", len(l.Nodes))
-	if err := l.each(func(n *Node) error { return n.Start(ctx) }); err != nil {
+	if err := l.startNodes(ctx); err != nil {
 		return err
 	}
 	l.Log("attaching %d pods", len(l.Nodes)*l.Options.Pods)
@@ -108,6 +104,28 @@ func (l *Lab) build(ctx context.Context) error {
 	}
 	l.Log("waiting until every node has programmed every route")
 	return l.WaitProgrammed(ctx)
+}
+
+// startNodes starts the daemons with a source of desired state.
+func (l *Lab) startNodes(ctx context.Context) error {
+	if l.Options.State == StateFile {
+		if err := l.WriteStates(); err != nil {
+			return err
+		}
+		l.Log("starting %d daemons", len(l.Nodes))
+		return l.each(func(n *Node) error { return n.Start(ctx) })
+	}
+	l.Log("starting the controller, and %d daemons that join", len(l.Nodes))
+	if err := l.makeController(ctx); err != nil {
+		return err
+	}
+	// One after the other, so that they get blocks in the order of their numbers.
+	for _, n := range l.Nodes {
+		if err := n.join(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // build makes the node's namespace, its wire and its folder.
@@ -191,6 +209,9 @@ func (l *Lab) Broken(ctx context.Context) []string {
 		if !have[name] {
 			broken = append(broken, "network namespace "+name+" is missing")
 		}
+	}
+	if l.Controller != nil && l.ControllerPid() == 0 {
+		broken = append(broken, controllerProgram+" does not run")
 	}
 	for _, n := range l.Nodes {
 		if n.Pid() == 0 {

@@ -48,7 +48,7 @@ func render(path string) ([]byte, error) {
 
 The node daemon takes its configuration from environment variables; under systemd from ` + "`/etc/overplane/overplaned.env`" + `. An empty
 variable is one that is not set. All mistakes are reported at once, each with the variable, its value and what is allowed. A variable that starts with
-` + "`OVERPLANE_`" + ` and is not listed here has no effect; the daemon warns of it and names the nearest one that it knows.
+` + "`OVERPLANE_`" + ` and is neither listed here nor another program's has no effect; the daemon warns of it and names the nearest one that it knows.
 
 ` + "`overplaned --check-config`" + ` says whether the configuration is right, ` + "`overplaned --print-config`" + ` how it is understood.
 

@@ -79,7 +79,8 @@ type Client struct {
 	status     Status
 	session    *session // the stream that stands, or nil
 
-	news chan struct{} // table was replaced
+	news  chan struct{} // table was replaced
+	again chan struct{} // the table that was applied is to be applied once more
 }
 
 // Status is how a node stands with its controller.
@@ -122,7 +123,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Client{cfg: cfg, log: cfg.Log, news: make(chan struct{}, 1)}, nil
+	return &Client{cfg: cfg, log: cfg.Log, news: make(chan struct{}, 1), again: make(chan struct{}, 1)}, nil
 }
 
 // Status is how the node stands now.
@@ -132,6 +133,14 @@ func (c *Client) Status() Status {
 	s := c.status
 	s.Accepted, s.Programmed = c.table.version(), c.programmed
 	return s
+}
+
+// Again has the table that was applied last applied and acknowledged once more: what failed then may not now. It does not wait.
+func (c *Client) Again() {
+	select {
+	case c.again <- struct{}{}:
+	default:
+	}
 }
 
 // Run applies the last table from disk, then follows the controller until ctx ends. A controller that is away, or refuses, is tried again for ever.
@@ -220,9 +229,10 @@ func (c *Client) setTable(t *table) {
 func (c *Client) applyTables(ctx context.Context, apply ApplyFunc) {
 	var saved, applied *table
 	var last time.Time
-	again := time.NewTimer(0)
-	if !again.Stop() {
-		<-again.C
+	anew := false
+	retry := time.NewTimer(0)
+	if !retry.Stop() {
+		<-retry.C
 	}
 	for {
 		select {
@@ -232,22 +242,27 @@ func (c *Client) applyTables(ctx context.Context, apply ApplyFunc) {
 			}
 			return
 		case <-c.news:
-		case <-again.C:
+		case <-retry.C:
+		case <-c.again:
+			anew = true
 		}
 		c.mu.Lock()
 		t := c.table
 		c.mu.Unlock()
-		if t != applied {
+		if t == nil {
+			continue
+		}
+		if t != applied || anew {
 			if !c.program(ctx, apply, t) {
-				again.Reset(applyRetry)
+				retry.Reset(applyRetry)
 				continue
 			}
-			applied = t
+			applied, anew = t, false
 		}
 		switch rest := saveEvery - time.Since(last); {
 		case applied == saved:
 		case rest > 0:
-			again.Reset(rest)
+			retry.Reset(rest)
 		default:
 			c.save(applied)
 			saved, last = applied, time.Now()

@@ -15,11 +15,10 @@ import (
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 )
 
-// The file: a line that names the format, the SHA-256 of the rest, a NodeState.
-const (
-	diskFile  = "control-table.pb"
-	diskMagic = "overplane-table-1\n"
-)
+// TableFile is the file in Config.Dir that keeps the last table: a line that names the format, the SHA-256 of the rest, a NodeState.
+const TableFile = "control-table.pb"
+
+const diskMagic = "overplane-table-1\n"
 
 // save replaces the file: after a crash there is the old one or the new one, on disk.
 func save(dir string, table *controlv1.NodeState) (err error) {
@@ -27,7 +26,7 @@ func save(dir string, table *controlv1.NodeState) (err error) {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, "."+diskFile+".*")
+	f, err := os.CreateTemp(dir, "."+TableFile+".*")
 	if err != nil {
 		return err
 	}
@@ -41,7 +40,7 @@ func save(dir string, table *controlv1.NodeState) (err error) {
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, diskFile)); err != nil {
+	if err := os.Rename(f.Name(), filepath.Join(dir, TableFile)); err != nil {
 		return err
 	}
 	d, err := os.Open(dir)
@@ -51,9 +50,19 @@ func save(dir string, table *controlv1.NodeState) (err error) {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// Last is the state that a client with this directory would apply first: that of the table it kept. There being none is no error, and no state. A daemon that
+// forwards by it before it runs its client is never without one.
+func Last(dir, node string) (*controlv1.NodeState, error) {
+	all, err := load(dir, node)
+	if all == nil || err != nil {
+		return nil, err
+	}
+	return newTable(all).state(), nil
+}
+
 // load reads the file. There being none is no error, and no table.
 func load(dir, node string) (*controlv1.NodeState, error) {
-	name := filepath.Join(dir, diskFile)
+	name := filepath.Join(dir, TableFile)
 	text, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

@@ -150,7 +150,7 @@ func TestTableOnDisk(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, files, 1)
 
-	name := filepath.Join(dir, diskFile)
+	name := filepath.Join(dir, TableFile)
 	good, err := os.ReadFile(name)
 	require.NoError(t, err)
 	for i := range good {

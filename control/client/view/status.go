@@ -23,6 +23,9 @@ func Status(w io.Writer, s *controlv1.GetStatusResponse, command string, now tim
 	for _, problem := range s.GetProblems() {
 		p.linef("  ! %s", problem)
 	}
+	for _, warning := range s.GetWarnings() {
+		p.linef("  warning: %s", warning)
+	}
 	p.linef("")
 
 	up := ""
@@ -31,6 +34,9 @@ func Status(w io.Writer, s *controlv1.GetStatusResponse, command string, now tim
 	}
 	p.item("versions", fmt.Sprintf("overplaned %s%s; overplane %s", s.GetDaemonVersion(), up, command))
 	p.item("state", "source "+s.GetStateSource()+", "+versions(s))
+	if c := s.GetController(); c != nil {
+		p.item("controller", controller(c, now))
+	}
 	p.item("table", strings.Join([]string{
 		count(s.GetMemberCount(), "member"), count(s.GetRouteCount(), "route"), count(s.GetPodCount(), "pod"),
 		fmt.Sprintf("%d entries", s.GetEntryCount()),
@@ -64,6 +70,18 @@ func Status(w io.Writer, s *controlv1.GetStatusResponse, command string, now tim
 			number(k.GetSnapshot()))
 	}
 	return t.write(w)
+}
+
+// controller says whether there is a stream to one, and since when or for how long there is none.
+func controller(c *controlv1.ControllerStatus, now time.Time) string {
+	since := ""
+	if c.GetSince() != nil {
+		since = " for " + age(now, c.GetSince().AsTime())
+	}
+	if c.GetConnected() {
+		return c.GetAddress() + ", connected" + since
+	}
+	return "NOT CONNECTED, stale" + since
 }
 
 // versions says how far the programmed state is.

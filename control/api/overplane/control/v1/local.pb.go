@@ -830,7 +830,7 @@ type GetStatusResponse struct {
 	Ready bool `protobuf:"varint,4,opt,name=ready,proto3" json:"ready,omitempty"`
 	// problems are sentences for people, each saying what is wrong and what to do. Empty when ready.
 	Problems []string `protobuf:"bytes,5,rep,name=problems,proto3" json:"problems,omitempty"`
-	// state_source is "file" or "api".
+	// state_source is "file", "api" or "controller".
 	StateSource string `protobuf:"bytes,6,opt,name=state_source,json=stateSource,proto3" json:"state_source,omitempty"`
 	// desired is the version that was read or pushed last, programmed the one all workers forward by. Absent: none yet.
 	Desired    *Version `protobuf:"bytes,7,opt,name=desired,proto3" json:"desired,omitempty"`
@@ -844,8 +844,12 @@ type GetStatusResponse struct {
 	RouteCount  uint32    `protobuf:"varint,14,opt,name=route_count,json=routeCount,proto3" json:"route_count,omitempty"`
 	MemberCount uint32    `protobuf:"varint,15,opt,name=member_count,json=memberCount,proto3" json:"member_count,omitempty"`
 	// pools are the pod CIDRs and the size of their blocks, in words; own_blocks are CIDRs.
-	Pools         []string `protobuf:"bytes,16,rep,name=pools,proto3" json:"pools,omitempty"`
-	OwnBlocks     []string `protobuf:"bytes,17,rep,name=own_blocks,json=ownBlocks,proto3" json:"own_blocks,omitempty"`
+	Pools     []string `protobuf:"bytes,16,rep,name=pools,proto3" json:"pools,omitempty"`
+	OwnBlocks []string `protobuf:"bytes,17,rep,name=own_blocks,json=ownBlocks,proto3" json:"own_blocks,omitempty"`
+	// warnings are sentences for people about what the node forwards well without, for now.
+	Warnings []string `protobuf:"bytes,18,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// controller is how the node stands with its controller; absent if it has none.
+	Controller    *ControllerStatus `protobuf:"bytes,19,opt,name=controller,proto3" json:"controller,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -999,6 +1003,109 @@ func (x *GetStatusResponse) GetOwnBlocks() []string {
 	return nil
 }
 
+func (x *GetStatusResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+func (x *GetStatusResponse) GetController() *ControllerStatus {
+	if x != nil {
+		return x.Controller
+	}
+	return nil
+}
+
+// ControllerStatus is the node's end of its stream to a controller.
+type ControllerStatus struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Connected bool                   `protobuf:"varint,1,opt,name=connected,proto3" json:"connected,omitempty"`
+	// address is the controller's, host:port; empty while the node is not connected.
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// since is when it connected, or since when it is not.
+	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	// accepted is the version that was taken last; absent: none.
+	Accepted *Version `protobuf:"bytes,4,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	// problem is why there is no stream, refused why the controller's last table was not taken; empty: neither.
+	Problem       string `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`
+	Refused       string `protobuf:"bytes,6,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ControllerStatus) Reset() {
+	*x = ControllerStatus{}
+	mi := &file_overplane_control_v1_local_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ControllerStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ControllerStatus) ProtoMessage() {}
+
+func (x *ControllerStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_overplane_control_v1_local_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ControllerStatus.ProtoReflect.Descriptor instead.
+func (*ControllerStatus) Descriptor() ([]byte, []int) {
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ControllerStatus) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *ControllerStatus) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ControllerStatus) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ControllerStatus) GetAccepted() *Version {
+	if x != nil {
+		return x.Accepted
+	}
+	return nil
+}
+
+func (x *ControllerStatus) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *ControllerStatus) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
 // Uplink is how the underlay's interface is driven.
 type Uplink struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1027,7 +1134,7 @@ type Uplink struct {
 
 func (x *Uplink) Reset() {
 	*x = Uplink{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[15]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1146,7 @@ func (x *Uplink) String() string {
 func (*Uplink) ProtoMessage() {}
 
 func (x *Uplink) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[15]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1159,7 @@ func (x *Uplink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Uplink.ProtoReflect.Descriptor instead.
 func (*Uplink) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{15}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Uplink) GetInterface() string {
@@ -1170,7 +1277,7 @@ type RungRefusal struct {
 
 func (x *RungRefusal) Reset() {
 	*x = RungRefusal{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[16]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1182,7 +1289,7 @@ func (x *RungRefusal) String() string {
 func (*RungRefusal) ProtoMessage() {}
 
 func (x *RungRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[16]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1195,7 +1302,7 @@ func (x *RungRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RungRefusal.ProtoReflect.Descriptor instead.
 func (*RungRefusal) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{16}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RungRefusal) GetRung() string {
@@ -1224,7 +1331,7 @@ type HostPort struct {
 
 func (x *HostPort) Reset() {
 	*x = HostPort{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[17]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1236,7 +1343,7 @@ func (x *HostPort) String() string {
 func (*HostPort) ProtoMessage() {}
 
 func (x *HostPort) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[17]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1249,7 +1356,7 @@ func (x *HostPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostPort.ProtoReflect.Descriptor instead.
 func (*HostPort) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{17}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *HostPort) GetInterface() string {
@@ -1298,7 +1405,7 @@ type Worker struct {
 
 func (x *Worker) Reset() {
 	*x = Worker{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[18]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1417,7 @@ func (x *Worker) String() string {
 func (*Worker) ProtoMessage() {}
 
 func (x *Worker) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[18]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1430,7 @@ func (x *Worker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Worker.ProtoReflect.Descriptor instead.
 func (*Worker) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{18}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Worker) GetIndex() uint32 {
@@ -1418,7 +1525,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[19]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1430,7 +1537,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[19]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1443,7 +1550,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{19}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{20}
 }
 
 type ListRoutesResponse struct {
@@ -1456,7 +1563,7 @@ type ListRoutesResponse struct {
 
 func (x *ListRoutesResponse) Reset() {
 	*x = ListRoutesResponse{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[20]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1575,7 @@ func (x *ListRoutesResponse) String() string {
 func (*ListRoutesResponse) ProtoMessage() {}
 
 func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[20]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1588,7 @@ func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesResponse.ProtoReflect.Descriptor instead.
 func (*ListRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{20}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListRoutesResponse) GetProgrammed() *Version {
@@ -1517,7 +1624,7 @@ type ProgrammedRoute struct {
 
 func (x *ProgrammedRoute) Reset() {
 	*x = ProgrammedRoute{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[21]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1529,7 +1636,7 @@ func (x *ProgrammedRoute) String() string {
 func (*ProgrammedRoute) ProtoMessage() {}
 
 func (x *ProgrammedRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[21]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1542,7 +1649,7 @@ func (x *ProgrammedRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgrammedRoute.ProtoReflect.Descriptor instead.
 func (*ProgrammedRoute) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{21}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ProgrammedRoute) GetPrefix() string {
@@ -1588,7 +1695,7 @@ type GetCountersRequest struct {
 
 func (x *GetCountersRequest) Reset() {
 	*x = GetCountersRequest{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[22]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1600,7 +1707,7 @@ func (x *GetCountersRequest) String() string {
 func (*GetCountersRequest) ProtoMessage() {}
 
 func (x *GetCountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[22]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1613,7 +1720,7 @@ func (x *GetCountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCountersRequest.ProtoReflect.Descriptor instead.
 func (*GetCountersRequest) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{22}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{23}
 }
 
 type GetCountersResponse struct {
@@ -1629,7 +1736,7 @@ type GetCountersResponse struct {
 
 func (x *GetCountersResponse) Reset() {
 	*x = GetCountersResponse{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[23]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1641,7 +1748,7 @@ func (x *GetCountersResponse) String() string {
 func (*GetCountersResponse) ProtoMessage() {}
 
 func (x *GetCountersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[23]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1654,7 +1761,7 @@ func (x *GetCountersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCountersResponse.ProtoReflect.Descriptor instead.
 func (*GetCountersResponse) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{23}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetCountersResponse) GetPorts() []*PortCounters {
@@ -1696,7 +1803,7 @@ type PortCounters struct {
 
 func (x *PortCounters) Reset() {
 	*x = PortCounters{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[24]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1815,7 @@ func (x *PortCounters) String() string {
 func (*PortCounters) ProtoMessage() {}
 
 func (x *PortCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[24]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1828,7 @@ func (x *PortCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PortCounters.ProtoReflect.Descriptor instead.
 func (*PortCounters) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{24}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PortCounters) GetPort() string {
@@ -1785,7 +1892,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[25]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +1904,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[25]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +1917,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{25}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Traffic) GetFrames() uint64 {
@@ -1842,7 +1949,7 @@ type GetDropsRequest struct {
 
 func (x *GetDropsRequest) Reset() {
 	*x = GetDropsRequest{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[26]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +1961,7 @@ func (x *GetDropsRequest) String() string {
 func (*GetDropsRequest) ProtoMessage() {}
 
 func (x *GetDropsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[26]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +1974,7 @@ func (x *GetDropsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDropsRequest.ProtoReflect.Descriptor instead.
 func (*GetDropsRequest) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{26}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{27}
 }
 
 type GetDropsResponse struct {
@@ -1880,7 +1987,7 @@ type GetDropsResponse struct {
 
 func (x *GetDropsResponse) Reset() {
 	*x = GetDropsResponse{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[27]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +1999,7 @@ func (x *GetDropsResponse) String() string {
 func (*GetDropsResponse) ProtoMessage() {}
 
 func (x *GetDropsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[27]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2012,7 @@ func (x *GetDropsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDropsResponse.ProtoReflect.Descriptor instead.
 func (*GetDropsResponse) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{27}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetDropsResponse) GetDrops() []*DropCount {
@@ -1933,7 +2040,7 @@ type DropCount struct {
 
 func (x *DropCount) Reset() {
 	*x = DropCount{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[28]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2052,7 @@ func (x *DropCount) String() string {
 func (*DropCount) ProtoMessage() {}
 
 func (x *DropCount) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[28]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2065,7 @@ func (x *DropCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropCount.ProtoReflect.Descriptor instead.
 func (*DropCount) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{28}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DropCount) GetPort() string {
@@ -2026,7 +2133,7 @@ type ListSessionsRequest struct {
 
 func (x *ListSessionsRequest) Reset() {
 	*x = ListSessionsRequest{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2145,7 @@ func (x *ListSessionsRequest) String() string {
 func (*ListSessionsRequest) ProtoMessage() {}
 
 func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[29]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2158,7 @@ func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{29}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListSessionsRequest) GetPod() string {
@@ -2093,7 +2200,7 @@ type ListSessionsResponse struct {
 
 func (x *ListSessionsResponse) Reset() {
 	*x = ListSessionsResponse{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2105,7 +2212,7 @@ func (x *ListSessionsResponse) String() string {
 func (*ListSessionsResponse) ProtoMessage() {}
 
 func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[30]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2118,7 +2225,7 @@ func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{30}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListSessionsResponse) GetSessions() []*Session {
@@ -2158,7 +2265,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2170,7 +2277,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[31]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2183,7 +2290,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{31}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Session) GetProtocol() string {
@@ -2271,7 +2378,7 @@ type GetSnatRequest struct {
 
 func (x *GetSnatRequest) Reset() {
 	*x = GetSnatRequest{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2283,7 +2390,7 @@ func (x *GetSnatRequest) String() string {
 func (*GetSnatRequest) ProtoMessage() {}
 
 func (x *GetSnatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[32]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2296,7 +2403,7 @@ func (x *GetSnatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnatRequest.ProtoReflect.Descriptor instead.
 func (*GetSnatRequest) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{32}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{33}
 }
 
 type GetSnatResponse struct {
@@ -2322,7 +2429,7 @@ type GetSnatResponse struct {
 
 func (x *GetSnatResponse) Reset() {
 	*x = GetSnatResponse{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2441,7 @@ func (x *GetSnatResponse) String() string {
 func (*GetSnatResponse) ProtoMessage() {}
 
 func (x *GetSnatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[33]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2454,7 @@ func (x *GetSnatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnatResponse.ProtoReflect.Descriptor instead.
 func (*GetSnatResponse) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{33}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetSnatResponse) GetEnabled() bool {
@@ -2452,7 +2559,7 @@ type SnatWorker struct {
 
 func (x *SnatWorker) Reset() {
 	*x = SnatWorker{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2571,7 @@ func (x *SnatWorker) String() string {
 func (*SnatWorker) ProtoMessage() {}
 
 func (x *SnatWorker) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[34]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2584,7 @@ func (x *SnatWorker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnatWorker.ProtoReflect.Descriptor instead.
 func (*SnatWorker) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{34}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SnatWorker) GetWorker() uint32 {
@@ -2597,7 +2704,7 @@ type SnatPod struct {
 
 func (x *SnatPod) Reset() {
 	*x = SnatPod{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2609,7 +2716,7 @@ func (x *SnatPod) String() string {
 func (*SnatPod) ProtoMessage() {}
 
 func (x *SnatPod) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[35]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2622,7 +2729,7 @@ func (x *SnatPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnatPod.ProtoReflect.Descriptor instead.
 func (*SnatPod) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{35}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SnatPod) GetPod() string {
@@ -2702,7 +2809,7 @@ type SnatDestination struct {
 
 func (x *SnatDestination) Reset() {
 	*x = SnatDestination{}
-	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +2821,7 @@ func (x *SnatDestination) String() string {
 func (*SnatDestination) ProtoMessage() {}
 
 func (x *SnatDestination) ProtoReflect() protoreflect.Message {
-	mi := &file_overplane_control_v1_local_proto_msgTypes[36]
+	mi := &file_overplane_control_v1_local_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +2834,7 @@ func (x *SnatDestination) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnatDestination.ProtoReflect.Descriptor instead.
 func (*SnatDestination) Descriptor() ([]byte, []int) {
-	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{36}
+	return file_overplane_control_v1_local_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SnatDestination) GetPod() string {
@@ -2819,7 +2926,7 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\x0fGetStateRequest\"I\n" +
 	"\x10GetStateResponse\x125\n" +
 	"\x05state\x18\x01 \x01(\v2\x1f.overplane.control.v1.NodeStateR\x05state\"\x12\n" +
-	"\x10GetStatusRequest\"\xb8\x05\n" +
+	"\x10GetStatusRequest\"\x9c\x06\n" +
 	"\x11GetStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12%\n" +
 	"\x0edaemon_version\x18\x02 \x01(\tR\rdaemonVersion\x129\n" +
@@ -2844,7 +2951,18 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\fmember_count\x18\x0f \x01(\rR\vmemberCount\x12\x14\n" +
 	"\x05pools\x18\x10 \x03(\tR\x05pools\x12\x1d\n" +
 	"\n" +
-	"own_blocks\x18\x11 \x03(\tR\townBlocks\"\xae\x04\n" +
+	"own_blocks\x18\x11 \x03(\tR\townBlocks\x12\x1a\n" +
+	"\bwarnings\x18\x12 \x03(\tR\bwarnings\x12F\n" +
+	"\n" +
+	"controller\x18\x13 \x01(\v2&.overplane.control.v1.ControllerStatusR\n" +
+	"controller\"\xeb\x01\n" +
+	"\x10ControllerStatus\x12\x1c\n" +
+	"\tconnected\x18\x01 \x01(\bR\tconnected\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x129\n" +
+	"\baccepted\x18\x04 \x01(\v2\x1d.overplane.control.v1.VersionR\baccepted\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\x12\x18\n" +
+	"\arefused\x18\x06 \x01(\tR\arefused\"\xae\x04\n" +
 	"\x06Uplink\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
@@ -3050,7 +3168,7 @@ func file_overplane_control_v1_local_proto_rawDescGZIP() []byte {
 }
 
 var file_overplane_control_v1_local_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_overplane_control_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_overplane_control_v1_local_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_overplane_control_v1_local_proto_goTypes = []any{
 	(PodState)(0),                 // 0: overplane.control.v1.PodState
 	(*AttachPodRequest)(nil),      // 1: overplane.control.v1.AttachPodRequest
@@ -3068,95 +3186,99 @@ var file_overplane_control_v1_local_proto_goTypes = []any{
 	(*GetStateResponse)(nil),      // 13: overplane.control.v1.GetStateResponse
 	(*GetStatusRequest)(nil),      // 14: overplane.control.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),     // 15: overplane.control.v1.GetStatusResponse
-	(*Uplink)(nil),                // 16: overplane.control.v1.Uplink
-	(*RungRefusal)(nil),           // 17: overplane.control.v1.RungRefusal
-	(*HostPort)(nil),              // 18: overplane.control.v1.HostPort
-	(*Worker)(nil),                // 19: overplane.control.v1.Worker
-	(*ListRoutesRequest)(nil),     // 20: overplane.control.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),    // 21: overplane.control.v1.ListRoutesResponse
-	(*ProgrammedRoute)(nil),       // 22: overplane.control.v1.ProgrammedRoute
-	(*GetCountersRequest)(nil),    // 23: overplane.control.v1.GetCountersRequest
-	(*GetCountersResponse)(nil),   // 24: overplane.control.v1.GetCountersResponse
-	(*PortCounters)(nil),          // 25: overplane.control.v1.PortCounters
-	(*Traffic)(nil),               // 26: overplane.control.v1.Traffic
-	(*GetDropsRequest)(nil),       // 27: overplane.control.v1.GetDropsRequest
-	(*GetDropsResponse)(nil),      // 28: overplane.control.v1.GetDropsResponse
-	(*DropCount)(nil),             // 29: overplane.control.v1.DropCount
-	(*ListSessionsRequest)(nil),   // 30: overplane.control.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),  // 31: overplane.control.v1.ListSessionsResponse
-	(*Session)(nil),               // 32: overplane.control.v1.Session
-	(*GetSnatRequest)(nil),        // 33: overplane.control.v1.GetSnatRequest
-	(*GetSnatResponse)(nil),       // 34: overplane.control.v1.GetSnatResponse
-	(*SnatWorker)(nil),            // 35: overplane.control.v1.SnatWorker
-	(*SnatPod)(nil),               // 36: overplane.control.v1.SnatPod
-	(*SnatDestination)(nil),       // 37: overplane.control.v1.SnatDestination
-	nil,                           // 38: overplane.control.v1.Uplink.SteeringEntry
-	nil,                           // 39: overplane.control.v1.GetCountersResponse.AnsweredEntry
-	nil,                           // 40: overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
-	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
-	(*NodeState)(nil),             // 42: overplane.control.v1.NodeState
-	(*Version)(nil),               // 43: overplane.control.v1.Version
-	(*StatePatch)(nil),            // 44: overplane.control.v1.StatePatch
+	(*ControllerStatus)(nil),      // 16: overplane.control.v1.ControllerStatus
+	(*Uplink)(nil),                // 17: overplane.control.v1.Uplink
+	(*RungRefusal)(nil),           // 18: overplane.control.v1.RungRefusal
+	(*HostPort)(nil),              // 19: overplane.control.v1.HostPort
+	(*Worker)(nil),                // 20: overplane.control.v1.Worker
+	(*ListRoutesRequest)(nil),     // 21: overplane.control.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),    // 22: overplane.control.v1.ListRoutesResponse
+	(*ProgrammedRoute)(nil),       // 23: overplane.control.v1.ProgrammedRoute
+	(*GetCountersRequest)(nil),    // 24: overplane.control.v1.GetCountersRequest
+	(*GetCountersResponse)(nil),   // 25: overplane.control.v1.GetCountersResponse
+	(*PortCounters)(nil),          // 26: overplane.control.v1.PortCounters
+	(*Traffic)(nil),               // 27: overplane.control.v1.Traffic
+	(*GetDropsRequest)(nil),       // 28: overplane.control.v1.GetDropsRequest
+	(*GetDropsResponse)(nil),      // 29: overplane.control.v1.GetDropsResponse
+	(*DropCount)(nil),             // 30: overplane.control.v1.DropCount
+	(*ListSessionsRequest)(nil),   // 31: overplane.control.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),  // 32: overplane.control.v1.ListSessionsResponse
+	(*Session)(nil),               // 33: overplane.control.v1.Session
+	(*GetSnatRequest)(nil),        // 34: overplane.control.v1.GetSnatRequest
+	(*GetSnatResponse)(nil),       // 35: overplane.control.v1.GetSnatResponse
+	(*SnatWorker)(nil),            // 36: overplane.control.v1.SnatWorker
+	(*SnatPod)(nil),               // 37: overplane.control.v1.SnatPod
+	(*SnatDestination)(nil),       // 38: overplane.control.v1.SnatDestination
+	nil,                           // 39: overplane.control.v1.Uplink.SteeringEntry
+	nil,                           // 40: overplane.control.v1.GetCountersResponse.AnsweredEntry
+	nil,                           // 41: overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(*NodeState)(nil),             // 43: overplane.control.v1.NodeState
+	(*Version)(nil),               // 44: overplane.control.v1.Version
+	(*StatePatch)(nil),            // 45: overplane.control.v1.StatePatch
 }
 var file_overplane_control_v1_local_proto_depIdxs = []int32{
 	7,  // 0: overplane.control.v1.AttachPodResponse.pod:type_name -> overplane.control.v1.Pod
 	7,  // 1: overplane.control.v1.ListPodsResponse.pods:type_name -> overplane.control.v1.Pod
 	0,  // 2: overplane.control.v1.Pod.state:type_name -> overplane.control.v1.PodState
-	41, // 3: overplane.control.v1.Pod.attached_at:type_name -> google.protobuf.Timestamp
-	42, // 4: overplane.control.v1.ReplaceStateRequest.state:type_name -> overplane.control.v1.NodeState
-	43, // 5: overplane.control.v1.ReplaceStateResponse.programmed:type_name -> overplane.control.v1.Version
-	44, // 6: overplane.control.v1.PatchStateRequest.patch:type_name -> overplane.control.v1.StatePatch
-	43, // 7: overplane.control.v1.PatchStateResponse.programmed:type_name -> overplane.control.v1.Version
-	42, // 8: overplane.control.v1.GetStateResponse.state:type_name -> overplane.control.v1.NodeState
-	41, // 9: overplane.control.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	43, // 10: overplane.control.v1.GetStatusResponse.desired:type_name -> overplane.control.v1.Version
-	43, // 11: overplane.control.v1.GetStatusResponse.programmed:type_name -> overplane.control.v1.Version
-	16, // 12: overplane.control.v1.GetStatusResponse.uplink:type_name -> overplane.control.v1.Uplink
-	18, // 13: overplane.control.v1.GetStatusResponse.host_port:type_name -> overplane.control.v1.HostPort
-	19, // 14: overplane.control.v1.GetStatusResponse.workers:type_name -> overplane.control.v1.Worker
-	17, // 15: overplane.control.v1.Uplink.why_not_more:type_name -> overplane.control.v1.RungRefusal
-	38, // 16: overplane.control.v1.Uplink.steering:type_name -> overplane.control.v1.Uplink.SteeringEntry
-	43, // 17: overplane.control.v1.ListRoutesResponse.programmed:type_name -> overplane.control.v1.Version
-	22, // 18: overplane.control.v1.ListRoutesResponse.routes:type_name -> overplane.control.v1.ProgrammedRoute
-	25, // 19: overplane.control.v1.GetCountersResponse.ports:type_name -> overplane.control.v1.PortCounters
-	39, // 20: overplane.control.v1.GetCountersResponse.answered:type_name -> overplane.control.v1.GetCountersResponse.AnsweredEntry
-	40, // 21: overplane.control.v1.GetCountersResponse.icmp_errors:type_name -> overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
-	26, // 22: overplane.control.v1.PortCounters.in:type_name -> overplane.control.v1.Traffic
-	26, // 23: overplane.control.v1.PortCounters.out:type_name -> overplane.control.v1.Traffic
-	29, // 24: overplane.control.v1.GetDropsResponse.drops:type_name -> overplane.control.v1.DropCount
-	32, // 25: overplane.control.v1.ListSessionsResponse.sessions:type_name -> overplane.control.v1.Session
-	35, // 26: overplane.control.v1.GetSnatResponse.workers:type_name -> overplane.control.v1.SnatWorker
-	36, // 27: overplane.control.v1.GetSnatResponse.pods:type_name -> overplane.control.v1.SnatPod
-	37, // 28: overplane.control.v1.GetSnatResponse.saturated:type_name -> overplane.control.v1.SnatDestination
-	1,  // 29: overplane.control.v1.LocalService.AttachPod:input_type -> overplane.control.v1.AttachPodRequest
-	3,  // 30: overplane.control.v1.LocalService.DetachPod:input_type -> overplane.control.v1.DetachPodRequest
-	5,  // 31: overplane.control.v1.LocalService.ListPods:input_type -> overplane.control.v1.ListPodsRequest
-	8,  // 32: overplane.control.v1.LocalService.ReplaceState:input_type -> overplane.control.v1.ReplaceStateRequest
-	10, // 33: overplane.control.v1.LocalService.PatchState:input_type -> overplane.control.v1.PatchStateRequest
-	12, // 34: overplane.control.v1.LocalService.GetState:input_type -> overplane.control.v1.GetStateRequest
-	14, // 35: overplane.control.v1.LocalService.GetStatus:input_type -> overplane.control.v1.GetStatusRequest
-	20, // 36: overplane.control.v1.LocalService.ListRoutes:input_type -> overplane.control.v1.ListRoutesRequest
-	23, // 37: overplane.control.v1.LocalService.GetCounters:input_type -> overplane.control.v1.GetCountersRequest
-	27, // 38: overplane.control.v1.LocalService.GetDrops:input_type -> overplane.control.v1.GetDropsRequest
-	30, // 39: overplane.control.v1.LocalService.ListSessions:input_type -> overplane.control.v1.ListSessionsRequest
-	33, // 40: overplane.control.v1.LocalService.GetSnat:input_type -> overplane.control.v1.GetSnatRequest
-	2,  // 41: overplane.control.v1.LocalService.AttachPod:output_type -> overplane.control.v1.AttachPodResponse
-	4,  // 42: overplane.control.v1.LocalService.DetachPod:output_type -> overplane.control.v1.DetachPodResponse
-	6,  // 43: overplane.control.v1.LocalService.ListPods:output_type -> overplane.control.v1.ListPodsResponse
-	9,  // 44: overplane.control.v1.LocalService.ReplaceState:output_type -> overplane.control.v1.ReplaceStateResponse
-	11, // 45: overplane.control.v1.LocalService.PatchState:output_type -> overplane.control.v1.PatchStateResponse
-	13, // 46: overplane.control.v1.LocalService.GetState:output_type -> overplane.control.v1.GetStateResponse
-	15, // 47: overplane.control.v1.LocalService.GetStatus:output_type -> overplane.control.v1.GetStatusResponse
-	21, // 48: overplane.control.v1.LocalService.ListRoutes:output_type -> overplane.control.v1.ListRoutesResponse
-	24, // 49: overplane.control.v1.LocalService.GetCounters:output_type -> overplane.control.v1.GetCountersResponse
-	28, // 50: overplane.control.v1.LocalService.GetDrops:output_type -> overplane.control.v1.GetDropsResponse
-	31, // 51: overplane.control.v1.LocalService.ListSessions:output_type -> overplane.control.v1.ListSessionsResponse
-	34, // 52: overplane.control.v1.LocalService.GetSnat:output_type -> overplane.control.v1.GetSnatResponse
-	41, // [41:53] is the sub-list for method output_type
-	29, // [29:41] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	42, // 3: overplane.control.v1.Pod.attached_at:type_name -> google.protobuf.Timestamp
+	43, // 4: overplane.control.v1.ReplaceStateRequest.state:type_name -> overplane.control.v1.NodeState
+	44, // 5: overplane.control.v1.ReplaceStateResponse.programmed:type_name -> overplane.control.v1.Version
+	45, // 6: overplane.control.v1.PatchStateRequest.patch:type_name -> overplane.control.v1.StatePatch
+	44, // 7: overplane.control.v1.PatchStateResponse.programmed:type_name -> overplane.control.v1.Version
+	43, // 8: overplane.control.v1.GetStateResponse.state:type_name -> overplane.control.v1.NodeState
+	42, // 9: overplane.control.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	44, // 10: overplane.control.v1.GetStatusResponse.desired:type_name -> overplane.control.v1.Version
+	44, // 11: overplane.control.v1.GetStatusResponse.programmed:type_name -> overplane.control.v1.Version
+	17, // 12: overplane.control.v1.GetStatusResponse.uplink:type_name -> overplane.control.v1.Uplink
+	19, // 13: overplane.control.v1.GetStatusResponse.host_port:type_name -> overplane.control.v1.HostPort
+	20, // 14: overplane.control.v1.GetStatusResponse.workers:type_name -> overplane.control.v1.Worker
+	16, // 15: overplane.control.v1.GetStatusResponse.controller:type_name -> overplane.control.v1.ControllerStatus
+	42, // 16: overplane.control.v1.ControllerStatus.since:type_name -> google.protobuf.Timestamp
+	44, // 17: overplane.control.v1.ControllerStatus.accepted:type_name -> overplane.control.v1.Version
+	18, // 18: overplane.control.v1.Uplink.why_not_more:type_name -> overplane.control.v1.RungRefusal
+	39, // 19: overplane.control.v1.Uplink.steering:type_name -> overplane.control.v1.Uplink.SteeringEntry
+	44, // 20: overplane.control.v1.ListRoutesResponse.programmed:type_name -> overplane.control.v1.Version
+	23, // 21: overplane.control.v1.ListRoutesResponse.routes:type_name -> overplane.control.v1.ProgrammedRoute
+	26, // 22: overplane.control.v1.GetCountersResponse.ports:type_name -> overplane.control.v1.PortCounters
+	40, // 23: overplane.control.v1.GetCountersResponse.answered:type_name -> overplane.control.v1.GetCountersResponse.AnsweredEntry
+	41, // 24: overplane.control.v1.GetCountersResponse.icmp_errors:type_name -> overplane.control.v1.GetCountersResponse.IcmpErrorsEntry
+	27, // 25: overplane.control.v1.PortCounters.in:type_name -> overplane.control.v1.Traffic
+	27, // 26: overplane.control.v1.PortCounters.out:type_name -> overplane.control.v1.Traffic
+	30, // 27: overplane.control.v1.GetDropsResponse.drops:type_name -> overplane.control.v1.DropCount
+	33, // 28: overplane.control.v1.ListSessionsResponse.sessions:type_name -> overplane.control.v1.Session
+	36, // 29: overplane.control.v1.GetSnatResponse.workers:type_name -> overplane.control.v1.SnatWorker
+	37, // 30: overplane.control.v1.GetSnatResponse.pods:type_name -> overplane.control.v1.SnatPod
+	38, // 31: overplane.control.v1.GetSnatResponse.saturated:type_name -> overplane.control.v1.SnatDestination
+	1,  // 32: overplane.control.v1.LocalService.AttachPod:input_type -> overplane.control.v1.AttachPodRequest
+	3,  // 33: overplane.control.v1.LocalService.DetachPod:input_type -> overplane.control.v1.DetachPodRequest
+	5,  // 34: overplane.control.v1.LocalService.ListPods:input_type -> overplane.control.v1.ListPodsRequest
+	8,  // 35: overplane.control.v1.LocalService.ReplaceState:input_type -> overplane.control.v1.ReplaceStateRequest
+	10, // 36: overplane.control.v1.LocalService.PatchState:input_type -> overplane.control.v1.PatchStateRequest
+	12, // 37: overplane.control.v1.LocalService.GetState:input_type -> overplane.control.v1.GetStateRequest
+	14, // 38: overplane.control.v1.LocalService.GetStatus:input_type -> overplane.control.v1.GetStatusRequest
+	21, // 39: overplane.control.v1.LocalService.ListRoutes:input_type -> overplane.control.v1.ListRoutesRequest
+	24, // 40: overplane.control.v1.LocalService.GetCounters:input_type -> overplane.control.v1.GetCountersRequest
+	28, // 41: overplane.control.v1.LocalService.GetDrops:input_type -> overplane.control.v1.GetDropsRequest
+	31, // 42: overplane.control.v1.LocalService.ListSessions:input_type -> overplane.control.v1.ListSessionsRequest
+	34, // 43: overplane.control.v1.LocalService.GetSnat:input_type -> overplane.control.v1.GetSnatRequest
+	2,  // 44: overplane.control.v1.LocalService.AttachPod:output_type -> overplane.control.v1.AttachPodResponse
+	4,  // 45: overplane.control.v1.LocalService.DetachPod:output_type -> overplane.control.v1.DetachPodResponse
+	6,  // 46: overplane.control.v1.LocalService.ListPods:output_type -> overplane.control.v1.ListPodsResponse
+	9,  // 47: overplane.control.v1.LocalService.ReplaceState:output_type -> overplane.control.v1.ReplaceStateResponse
+	11, // 48: overplane.control.v1.LocalService.PatchState:output_type -> overplane.control.v1.PatchStateResponse
+	13, // 49: overplane.control.v1.LocalService.GetState:output_type -> overplane.control.v1.GetStateResponse
+	15, // 50: overplane.control.v1.LocalService.GetStatus:output_type -> overplane.control.v1.GetStatusResponse
+	22, // 51: overplane.control.v1.LocalService.ListRoutes:output_type -> overplane.control.v1.ListRoutesResponse
+	25, // 52: overplane.control.v1.LocalService.GetCounters:output_type -> overplane.control.v1.GetCountersResponse
+	29, // 53: overplane.control.v1.LocalService.GetDrops:output_type -> overplane.control.v1.GetDropsResponse
+	32, // 54: overplane.control.v1.LocalService.ListSessions:output_type -> overplane.control.v1.ListSessionsResponse
+	35, // 55: overplane.control.v1.LocalService.GetSnat:output_type -> overplane.control.v1.GetSnatResponse
+	44, // [44:56] is the sub-list for method output_type
+	32, // [32:44] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_overplane_control_v1_local_proto_init() }
@@ -3171,7 +3293,7 @@ func file_overplane_control_v1_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_overplane_control_v1_local_proto_rawDesc), len(file_overplane_control_v1_local_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   40,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
