@@ -23,7 +23,9 @@ func (s *share) attach(held uint32) { s.unmet += max(0, s.guarantee-int(held)) }
 func (s *share) detach(held uint32) { s.unmet -= max(0, s.guarantee-int(held)) }
 
 // limit is how many things a pod may have in all.
-func (s *share) limit() int { return min(s.capacity, max(s.guarantee, shareFactor*(s.capacity-s.used-s.unmet))) }
+func (s *share) limit() int {
+	return min(s.capacity, max(s.guarantee, shareFactor*(s.capacity-s.used-s.unmet)))
+}
 
 // allows reports whether a pod that holds held may have one more. Also a guarantee ends where there is nothing left.
 func (s *share) allows(held uint32) bool {
