@@ -10,7 +10,7 @@ import (
 // Build makes the table. It cannot fail: every Add was checked.
 //
 // Taken by rising prefix length, each route is expanded over all it covers, so that what is left in every place is the longest match. The
-// three stages differ in what a place is: a slot, a host, a node of the trie.
+// stages differ in what a place is: a slot, a host, a node of the trie, which is then expanded once more, in front of it.
 func (b *Builder) Build() *Table {
 	t := &Table{
 		adjacencies: slices.Clone(b.adjacencies),
@@ -131,15 +131,21 @@ func (t *Table) addDetail(s *space, block uint64, routes []route) {
 	t.details = append(t.details, d)
 }
 
+// insert puts a route into the trie and in front of it. In front, too, a route comes after those that cover it.
 func (t *Table) insert(r *route) {
-	trie := &t.trie4
+	trie, front, first := &t.trie4, &t.front4, uint32(r.lo)>>(32-frontBits)
 	if r.six {
-		trie = &t.trie6
+		trie, front, first = &t.trie6, &t.front6, uint32(r.hi>>(64-frontBits))
 	}
 	if *trie == nil {
-		*trie = new(bart.Fast[Entry])
+		*trie, *front = new(bart.Fast[Entry]), new([1 << frontBits]Entry)
 	}
 	(*trie).Insert(r.prefix(), r.entry)
+	if r.bits <= frontBits {
+		fill((*front)[first:][:1<<(frontBits-r.bits)], r.entry)
+	} else {
+		(*front)[first] = detailMark
+	}
 }
 
 // install gives the table a finished pool in the form its family's lookup wants.

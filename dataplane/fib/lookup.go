@@ -45,8 +45,11 @@ func (t *Table) lookupDetail4(mark Entry, dst uint32) Entry {
 }
 
 func (t *Table) lookupTrie4(dst uint32) Entry {
-	if t.trie4 == nil {
+	if t.front4 == nil {
 		return 0
+	}
+	if e := t.front4[dst>>(32-frontBits)]; e != detailMark {
+		return e
 	}
 	e, _ := t.trie4.Lookup(addr4(dst)) // no match is the zero Entry: Unreachable
 	return e
@@ -83,8 +86,11 @@ func (t *Table) lookupDetail6(mark Entry, hi, lo uint64) Entry {
 }
 
 func (t *Table) lookupTrie6(hi, lo uint64) Entry {
-	if t.trie6 == nil {
+	if t.front6 == nil {
 		return 0
+	}
+	if e := t.front6[hi>>(64-frontBits)]; e != detailMark {
+		return e
 	}
 	e, _ := t.trie6.Lookup(addr6(hi, lo))
 	return e

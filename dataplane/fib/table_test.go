@@ -398,3 +398,25 @@ func TestConcurrentReaders(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// Prefixes shorter and longer than what is looked up in front of the trie, and as long.
+func TestPrefixesAroundTheFront(t *testing.T) {
+	for _, family := range []struct {
+		routes  []string // adjacency i
+		lookups map[string]int
+	}{
+		{[]string{"0.0.0.0/0", "8.0.0.0/7", "9.0.0.0/8", "9.9.0.0/16", "9.9.128.0/17", "9.9.9.9/32"}, map[string]int{
+			"255.255.255.255": 0, "8.255.255.255": 1, "9.8.255.255": 2, "9.10.0.0": 2, "9.9.0.0": 3, "9.9.127.255": 3, "9.9.128.0": 4, "9.9.9.9": 5, "9.9.9.8": 3, "10.0.0.0": 0}},
+		{[]string{"::/0", "2000::/3", "2001::/16", "2001:db8::/32"}, map[string]int{
+			"::": 0, "1fff::": 0, "2000::": 1, "2002::": 1, "2001::": 2, "2001:db7:ffff::": 2, "2001:db8::": 3, "4000::": 0}},
+	} {
+		b := newBuilder(t, 6)
+		for i, r := range family.routes {
+			require.NoError(t, b.Add(pfx(r), MakeEntry(Outside, uint32(i))))
+		}
+		table := b.Build()
+		for a, want := range family.lookups {
+			require.Equal(t, MakeEntry(Outside, uint32(want)), lookup(table, netip.MustParseAddr(a)), a)
+		}
+	}
+}
