@@ -75,6 +75,7 @@ func (w *Worker) fetch(frames []port.Frame) {
 
 // decide fills in the verdicts of journeys[:n].
 func (w *Worker) decide(in *slot, n int) {
+	w.prefetch(in.info, n)
 	for i := range w.journeys[:n] {
 		j := &w.journeys[i]
 		Decide(w.snap, w.translator, in.info, &j.packet, w.pool.Bytes(&w.batch[j.first]), j.size, &j.verdict)
@@ -330,8 +331,7 @@ func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Pac
 // decideInbound decides on a packet from the uplink for the node's own address: to a pod if a session says so, to the kernel if it is none of ours. It leaves Reason and
 // Action alone if the packet is translated, or comes from another node's pod and goes on as any of those.
 func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []byte, v *Verdict) {
-	cluster := s.FIB.Lookup(p.Src).Kind() == fib.Node
-	if p.Flags&packet.FlagFragment != 0 && !cluster && !decideFragment(t, snat.NoPod, p, v) {
+	if p.Flags&packet.FlagFragment != 0 && !s.fromCluster(p) && !decideFragment(t, snat.NoPod, p, v) {
 		if v.Action == Drop { // too many are under way: it may be the kernel's, which has limits of its own
 			v.Action, v.Reason = Return, drop.None
 		}
@@ -347,7 +347,7 @@ func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []by
 	case snat.Refuse:
 		v.Reason = v.View.Reason
 	default:
-		if !cluster {
+		if !s.fromCluster(p) {
 			v.Action = Return
 			if v.Fragmented {
 				v.Translation = TrackFragment
@@ -355,6 +355,9 @@ func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []by
 		}
 	}
 }
+
+// fromCluster reports whether a packet from the uplink says that it comes from another node's pod.
+func (s *Snapshot) fromCluster(p *packet.Packet) bool { return s.FIB.Lookup(p.Src).Kind() == fib.Node }
 
 // decideHairpin decides on a packet from a pod for the node's address: to an external port it goes to the pod behind that, as if it had been outside meanwhile (RFC 4787
 // REQ-9), all else is the kernel's, and Reason and Translation are left alone.

@@ -16,6 +16,26 @@ const (
 	noHandle = 0
 )
 
+// prefetch has the memory work on the sessions of all of a batch's packets at once, where there are so many sessions that each lookup would wait for it.
+func (w *Worker) prefetch(in *PortInfo, n int) {
+	t := w.translator
+	if t == nil || in.Kind == PortHost || !t.PrefetchPays() {
+		return
+	}
+	asked := 0
+	for i := range w.journeys[:n] {
+		p := &w.journeys[i].packet
+		if p.Reason != drop.None || p.Kind != packet.KindIPv4 && p.Kind != packet.KindIPv6 {
+			continue
+		}
+		if in.Kind == PortUplink && w.snap.isNode(p.Dst) || in.Kind == PortPod && w.snap.FIB.Lookup(p.Dst).Kind() == fib.Outside {
+			w.asked[asked] = p
+			asked++
+		}
+	}
+	t.Prefetch(w.asked[:asked], in.Kind == PortPod)
+}
+
 // translate does to a packet what its verdict says about addresses and fragments. It reports whether the packet goes on by its verdict; if not, it died, waits, or
 // went its way already.
 func (w *Worker) translate(in *slot, j *journey, chain []port.Frame) bool {

@@ -55,8 +55,9 @@ type Worker struct {
 	held      int
 	limiter   *icmp.Limiter
 
-	translator *snat.Translator // nil: none
-	unsettled  bool             // the translator does not know all the snapshot's pods yet
+	translator *snat.Translator      // nil: none
+	asked      [batch]*packet.Packet // of prefetch
+	unsettled  bool                  // the translator does not know all the snapshot's pods yet
 	waiting    waitingFragments
 	released   []waitingFragment // fragments that waited and go on after the batch
 

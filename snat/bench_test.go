@@ -89,11 +89,11 @@ func BenchmarkEstablished(b *testing.B) {
 						}
 						var ps [batch]packet.Packet
 						var vs [batch]View
-						var which []uint16
+						var asked []*packet.Packet
 						frames := make([]byte, batch*128)
 						for i := range batch {
 							copy(frames[i*128:], frame)
-							which = append(which, uint16(i))
+							asked = append(asked, &ps[i])
 						}
 						b.ReportAllocs()
 						b.ResetTimer()
@@ -103,10 +103,8 @@ func BenchmarkEstablished(b *testing.B) {
 							if dir == "none" {
 								continue
 							}
-							if prefetch && dir == "out" {
-								w.tr.PrefetchOut(ps[:], which)
-							} else if prefetch {
-								w.tr.PrefetchIn(ps[:], which)
+							if prefetch && w.tr.PrefetchPays() {
+								w.tr.Prefetch(asked, dir == "out")
 							}
 							for j := range ps {
 								if dir == "out" {
@@ -248,10 +246,10 @@ func TestZeroAllocations(t *testing.T) {
 					}
 				}), name)
 			}
-			which, ps := []uint16{0, 1}, make([]packet.Packet, 2)
-			packet.Parse(&ps[0], frames["out"], len(frames["out"]))
-			packet.Parse(&ps[1], frames["in"], len(frames["in"]))
-			require.Zero(t, testing.AllocsPerRun(200, func() { w.tr.PrefetchOut(ps, which); w.tr.PrefetchIn(ps, which) }))
+			ps := []*packet.Packet{{}, {}}
+			packet.Parse(ps[0], frames["out"], len(frames["out"]))
+			packet.Parse(ps[1], frames["in"], len(frames["in"]))
+			require.Zero(t, testing.AllocsPerRun(200, func() { w.tr.Prefetch(ps, true); w.tr.Prefetch(ps, false) }))
 			// New sessions, on ports the pod has; and their end.
 			frame := f.frame()
 			i := uint16(0)

@@ -9,35 +9,16 @@ const (
 	prefetchFrom = 16384
 )
 
-// PrefetchOut loads into the caches what Outbound will look at for the packets numbered in which: index slots of all of them first, then records. No load waits
-// for another packet's, so that the memory works on all at once; Outbound would wait for two, one after the other, for each packet. It does
-// nothing while there are so few sessions that the caches hold them. Packets that Outbound will not be asked about are
-// better left out. Nothing is written that means anything.
-func (t *Translator) PrefetchOut(ps []packet.Packet, which []uint16) {
-	for len(which) > 0 {
-		n := min(len(which), maxPrefetch)
-		t.prefetch(ps, which[:n], true)
-		which = which[n:]
-	}
-}
+// PrefetchPays reports whether there are so many sessions that the caches do not hold them.
+func (t *Translator) PrefetchPays() bool { return t.v4.used+t.v6.used >= prefetchFrom }
 
-// PrefetchIn is PrefetchOut for Inbound.
-func (t *Translator) PrefetchIn(ps []packet.Packet, which []uint16) {
-	for len(which) > 0 {
-		n := min(len(which), maxPrefetch)
-		t.prefetch(ps, which[:n], false)
-		which = which[n:]
-	}
-}
-
-func (t *Translator) prefetch(ps []packet.Packet, which []uint16, out bool) {
-	if t.v4.used+t.v6.used < prefetchFrom {
-		return
-	}
+// Prefetch loads into the caches what Outbound (out) or Inbound will look at for the packets: index slots of all of them first, then records. No load waits
+// for another packet's, so that the memory works on all at once; Outbound would wait for two, one after the other, for each packet. Packets that will not be asked
+// about are better left out; of more than 64 the rest are. Nothing is written that means anything.
+func (t *Translator) Prefetch(ps []*packet.Packet, out bool) {
 	var hashes4, hashes6 [maxPrefetch]uint64
 	n4, n6 := 0, 0
-	for _, x := range which {
-		p := &ps[x]
+	for _, p := range ps[:min(len(ps), maxPrefetch)] {
 		k := tuple{inside: p.Src, remote: p.Dst, inPort: p.SrcPort, remPort: p.DstPort, proto: p.Proto}
 		if !out {
 			k.remote, k.remPort, k.extPort = p.Src, p.SrcPort, p.DstPort
