@@ -68,6 +68,14 @@ test-arm64: ## unit tests that need no kernel, built for arm64, under QEMU's use
 test-kernels: ## boot Debian kernels in QEMU and test every rung in each (KERNELS="6.1 6.12 newest"; no root, no KVM)
 	@test/kernels/run $(KERNELS)
 
+.PHONY: test-units
+test-units: build ## the systemd units under a systemd of their own, in a container made of namespaces (needs root and systemd)
+	@test/systemd/run
+
+.PHONY: test-deb
+test-deb: ## build the packages; install, upgrade, remove and purge them in a folder (needs root and dpkg)
+	@test/packages/run
+
 .PHONY: bench
 bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
 	@go test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime '$(BENCHTIME)' -timeout 60m \
