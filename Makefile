@@ -15,7 +15,12 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo un
 
 export OVERPLANE_BIN := $(CURDIR)/bin
 
-# buf has a module of its own: .ci/buf.mod.
+# Where make install puts what: $(DESTDIR)$(PREFIX)/bin and so on. Units are changed to name the programs there.
+DESTDIR    ?=
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+
+# buf and nfpm have modules of their own: .ci/buf.mod, .ci/nfpm.mod.
 BUF := go tool -modfile=.ci/buf.mod buf
 
 PROGRAMS := $(notdir $(wildcard cmd/*))
@@ -31,6 +36,18 @@ build: ## build the programs into bin/
 		echo "go build -o bin/$$p ./cmd/$$p"; \
 		go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/$$p ./cmd/$$p || exit 1; \
 	done
+
+.PHONY: install
+install: build ## install programs, units, env files and completions (DESTDIR= PREFIX=/usr/local); starts nothing
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' deploy/install
+
+.PHONY: uninstall
+uninstall: ## remove what make install installed, but not /etc/overplane (DESTDIR= PREFIX=/usr/local)
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' deploy/install --remove
+
+.PHONY: deb
+deb: build ## Debian packages of overplane, overplaned and overplane-controller in dist/
+	@deploy/packages/build '$(VERSION)'
 
 .PHONY: demo
 demo: build ## a cluster of three nodes on this machine: up, prove, down (needs root; asks sudo)
@@ -50,6 +67,14 @@ test-arm64: ## unit tests that need no kernel, built for arm64, under QEMU's use
 .PHONY: test-kernels
 test-kernels: ## boot Debian kernels in QEMU and test every rung in each (KERNELS="6.1 6.12 newest"; no root, no KVM)
 	@test/kernels/run $(KERNELS)
+
+.PHONY: test-units
+test-units: build ## the systemd units under a systemd of their own, in a container made of namespaces (needs root and systemd)
+	@test/systemd/run
+
+.PHONY: test-deb
+test-deb: ## build the packages; install, upgrade, remove and purge them in a folder (needs root and dpkg)
+	@test/packages/run
 
 .PHONY: bench
 bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
@@ -81,6 +106,6 @@ lint: ## gofmt, vet, staticcheck, protocol rules and compatibility, freshness of
 
 .PHONY: clean
 clean: ## remove what the targets made, but not Go's caches
-	rm -rf bin coverage.out
+	rm -rf bin dist coverage.out
 	find . -name '*.test' -not -path './.git/*' -type f -delete
 	find . -name '*.prof' -not -path './.git/*' -type f -delete

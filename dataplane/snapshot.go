@@ -23,6 +23,7 @@ const (
 	PortUplink
 	PortHost
 	PortPod
+	NumPortKinds
 )
 
 // PortInfo is what the snapshot says about the port in one slot.

@@ -32,6 +32,16 @@ type SlotStats struct {
 	DropsIn, DropsOut [drop.NumReasons]uint64
 }
 
+// Add adds another port's counters, or another worker's of the same port.
+func (s *SlotStats) Add(o *SlotStats) {
+	s.In.add(&o.In)
+	s.Out.add(&o.Out)
+	for r := range o.DropsIn {
+		s.DropsIn[r] += o.DropsIn[r]
+		s.DropsOut[r] += o.DropsOut[r]
+	}
+}
+
 // Answers counts packets that the data plane consumed by answering them itself.
 type Answers struct {
 	ARP, ND, Echo uint64
@@ -62,6 +72,9 @@ type WorkerStats struct {
 	Generated          uint64                 // packets that the worker made: ICMP errors, answers, fragments beyond the first
 	HandedOver         uint64                 // packets that other workers' sessions own
 	Slots              []SlotStats            // of non-empty slots
+
+	// Left are, by kind, the counters of ports that have left their slots, so that sums over a kind's ports never go back. A Slot of them means nothing.
+	Left [NumPortKinds]SlotStats
 }
 
 // statsRequest is a reader's order for a copy of a worker's counters. The worker fills stats and closes nothing: done is polled, because
@@ -75,6 +88,7 @@ type statsRequest struct {
 // collect copies the worker's counters. Runs on the worker's goroutine.
 func (w *Worker) collect() WorkerStats {
 	s := WorkerStats{
+		Left:  w.left,
 		Index: w.index, CPU: w.cpu,
 		Polls: w.polls, BusyPolls: w.busyPolls, Parks: w.parks, Packets: w.received,
 		Answers: w.answers, ICMPErrors: w.icmpErrors, ICMPErrorsRefused: w.icmpRefused, Generated: w.generated,
@@ -94,9 +108,11 @@ func (w *Worker) collect() WorkerStats {
 		if i == UplinkSlot {
 			s.UplinkQueues = append([]int(nil), sl.queues...)
 		}
-		s.Slots = append(s.Slots, SlotStats{
-			Slot: i, Name: sl.name, Kind: sl.kind, In: sl.in, Out: sl.sent, DropsIn: sl.dropsIn, DropsOut: sl.dropsOut,
-		})
+		s.Slots = append(s.Slots, sl.stats())
 	}
 	return s
+}
+
+func (s *slot) stats() SlotStats {
+	return SlotStats{Slot: s.index, Name: s.name, Kind: s.kind, In: s.in, Out: s.sent, DropsIn: s.dropsIn, DropsOut: s.dropsOut}
 }

@@ -74,6 +74,7 @@ type Worker struct {
 	answers                           Answers
 	icmpErrors                        [icmp.NumErrors]uint64
 	icmpRefused, generated            uint64
+	left                              [NumPortKinds]SlotStats // counters of ports that have left
 }
 
 // journey is one packet of a batch on its way through the stages.
@@ -249,6 +250,8 @@ func (w *Worker) adopt(s *Snapshot) {
 		}
 		if info.Kind != sl.kind || info.Name != sl.name {
 			index, kept := sl.index, *sl
+			before := kept.stats()
+			w.left[kept.kind].Add(&before)
 			*sl = slot{index: index, info: kept.info, kind: info.Kind, name: info.Name, port: kept.port, queues: kept.queues,
 				tx: kept.tx, flusher: kept.flusher, kick: kept.kick, caps: kept.caps, accept: kept.accept, queue: kept.queue}
 		}

@@ -20,10 +20,11 @@ import (
 // version is set by the linker: -X main.version=v0.1.0.
 var version = "dev"
 
-// Exit statuses beside 0. Service managers do not restart on a wrong configuration (RestartPreventExitStatus=2).
+// Exit statuses beside 0. Service managers do not restart on a wrong configuration (RestartPreventExitStatus=78; EX_CONFIG of sysexits.h). It must not be 2, which is what
+// Go's runtime exits with after a panic, and after the SIGABRT of a watchdog.
 const (
 	exitError  = 1
-	exitConfig = 2
+	exitConfig = 78
 )
 
 func main() {
@@ -68,7 +69,7 @@ A cluster's first steps:
   overplane-controller pki issue node n1
   overplane-controller serve
 
-Exit status: 0 if all went well, 1 after an error, 2 if the configuration cannot be used.`,
+Exit status: 0 if all went well, 1 after an error, 78 if the configuration cannot be used.`,
 		Version: version, SilenceErrors: true, SilenceUsage: true,
 	}
 	root.SetVersionTemplate("overplane-controller {{.Version}}\n")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -69,6 +70,8 @@ func pkiIssueCommand(dir *string) *cobra.Command {
 			}
 			if out == "" {
 				out = *dir
+			} else if err := os.MkdirAll(out, 0o700); err != nil {
+				return err
 			}
 			cert, key := filepath.Join(out, r.Name+".crt"), filepath.Join(out, r.Name+".key")
 			if err := pki.Issue(*dir, r, cert, key, replace, time.Now()); err != nil {

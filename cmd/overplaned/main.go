@@ -35,10 +35,11 @@ uninstall removes all that stays: pods' devices, the host port and its routes, t
 Environment:
 `
 
-// Exit statuses beside 0. Service managers do not restart on a wrong configuration (RestartPreventExitStatus=2).
+// Exit statuses beside 0. Service managers do not restart on a wrong configuration (RestartPreventExitStatus=78; EX_CONFIG of sysexits.h). It must not be 2, which is what
+// Go's runtime exits with after a panic, and after the SIGABRT of a watchdog.
 const (
 	exitError  = 1
-	exitConfig = 2
+	exitConfig = 78
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Environ(), os.Stdout, os.Stderr)) }

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-//go:generate go run ./gendocs ../../docs/reference/configuration.md
+//go:generate go run ./gendocs OVERPLANE_ ../../docs/reference/configuration.md
 
 // EnvPrefix is what every variable of the daemon starts with.
 const EnvPrefix = "OVERPLANE_"
@@ -72,6 +72,9 @@ type Config struct {
 
 	// The socket's permissions, octal. Who may open the socket may attach pods and change routes.
 	SocketMode FileMode `env:"SOCKET_MODE" envDefault:"0660" allowed:"octal permissions, 0600 to 0777"`
+
+	// Where metrics (/metrics) and probes (/livez, /readyz) are answered, over plain HTTP. `none`: nowhere. docs/reference/metrics.md lists the metrics.
+	MetricsListen string `env:"METRICS_LISTEN" envDefault:"127.0.0.1:7446" allowed:"host:port, :port or none"`
 
 	// Where the steering programs and maps are pinned. It must be on a BPF file system, and each node of a shared one needs its own.
 	BPFDir string `env:"BPF_DIR" envDefault:"/sys/fs/bpf/overplane" allowed:"an absolute path"`
@@ -153,6 +156,9 @@ const (
 	SourceAPI        = "api"
 	SourceController = "controller"
 )
+
+// metricsNone is the value of Config.MetricsListen that turns it off.
+const metricsNone = "none"
 
 // cpuNone is the value of Config.CPUs that leaves workers where the scheduler puts them.
 const cpuNone = "none"

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -159,6 +160,9 @@ func (c *Config) check() []problem {
 	}
 	if path("Socket", c.Socket); len(c.Socket) > 107 {
 		bad("Socket", "%d bytes long", len(c.Socket))
+	}
+	if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil && c.MetricsListen != metricsNone {
+		bad("MetricsListen", "")
 	}
 	if m := os.FileMode(c.SocketMode); m&0o600 != 0o600 || m > 0o777 {
 		bad("SocketMode", "")

@@ -298,6 +298,7 @@ func testConfig(t *testing.T, settings ...string) Config {
 		"OVERPLANE_NODE_NAME=n1", "OVERPLANE_CPUS=none", "OVERPLANE_STATE_SOURCE=api",
 		"OVERPLANE_STATE_DIR=" + filepath.Join(dir, "state"), "OVERPLANE_SOCKET=" + filepath.Join(dir, "sock"),
 		"OVERPLANE_STATE_FILE=" + filepath.Join(dir, "state.json"), "OVERPLANE_WORKERS=2",
+		"OVERPLANE_METRICS_LISTEN=none",
 	}
 	cfg, _, err := Load(append(environ, settings...))
 	require.NoError(t, err)

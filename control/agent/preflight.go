@@ -56,6 +56,9 @@ func preflight(cfg *Config, frameMemory uint64) error {
 func checkCapabilities(caps uint64) []error {
 	var errs []error
 	for _, c := range neededCapabilities {
+		if c.bit == unix.CAP_BPF && caps&(1<<unix.CAP_SYS_ADMIN) != 0 {
+			continue // includes it (include/linux/capability.h, bpf_capable)
+		}
 		if caps&(1<<c.bit) == 0 {
 			errs = append(errs, missingCapability(c.name, c.why))
 		}
@@ -64,7 +67,7 @@ func checkCapabilities(caps uint64) []error {
 }
 
 func missingCapability(name, why string) error {
-	return fmt.Errorf("missing capability %s, needed %s: run as root, or grant it (AmbientCapabilities= in the unit)", name, why)
+	return fmt.Errorf("missing capability %s, needed %s: run as root, or grant it (CapabilityBoundingSet= in the unit)", name, why)
 }
 
 // effectiveCapabilities reads the effective set from proc_pid_status(5).

@@ -93,6 +93,7 @@ func run(ctx context.Context, cfg Config, o Options, n notifier) (err error) {
 		wg.Go(func() { a.followController(running) })
 	}
 	wg.Go(func() { a.feedWatchdog(running, n) })
+	wg.Go(func() { a.serveMetrics(running) })
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 
@@ -348,10 +349,7 @@ func (a *Agent) feedWatchdog(ctx context.Context, n notifier) {
 		case <-tick.C:
 		}
 		short, cancel := context.WithTimeout(ctx, n.watchdog/3)
-		err := a.do(short, func() {})
-		if err == nil {
-			_, err = a.dp.Stats(short)
-		}
+		err := a.alive(short)
 		cancel()
 		if err == nil {
 			n.Watchdog()
@@ -359,6 +357,15 @@ func (a *Agent) feedWatchdog(ctx context.Context, n notifier) {
 			a.log.Error("the watchdog is not fed: something hangs", "error", err)
 		}
 	}
+}
+
+// alive returns nil once the agent's goroutine and every worker have answered.
+func (a *Agent) alive(ctx context.Context) error {
+	if err := a.do(ctx, func() {}); err != nil {
+		return err
+	}
+	_, err := a.dp.Stats(ctx)
+	return err
 }
 
 // chunkSize is the size of an ordinary frame. 4 KiB leaves room for an MTU of some 3,500 bytes in one frame, whatever the driver.

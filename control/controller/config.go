@@ -22,6 +22,8 @@ import (
 	"github.com/overplane/overplane/ipam"
 )
 
+//go:generate go run ../agent/gendocs OVERPLANE_CONTROLLER_ ../../docs/reference/controller.md
+
 // EnvPrefix is what every variable of the controller starts with.
 const EnvPrefix = "OVERPLANE_CONTROLLER_"
 
@@ -60,13 +62,19 @@ type Config struct {
 	// Where this cluster's keys are in an external etcd.
 	EtcdPrefix string `env:"ETCD_PREFIX" envDefault:"/overplane/" allowed:"text that starts and ends with /"`
 
-	// The certificates of an external etcd's authority, and this controller's certificate and key for it.
-	EtcdCA   string `env:"ETCD_CA" allowed:"empty or an absolute path"`
-	EtcdCert string `env:"ETCD_CERT" allowed:"empty or an absolute path"`
-	EtcdKey  string `env:"ETCD_KEY" allowed:"empty or an absolute path"`
+	// The certificates of an external etcd's authority. Empty: the machine's.
+	EtcdCA string `env:"ETCD_CA" allowed:"empty or an absolute path"`
 
-	// User and password for an external etcd.
+	// This controller's certificate for an external etcd. Empty: none.
+	EtcdCert string `env:"ETCD_CERT" allowed:"empty or an absolute path"`
+
+	// The certificate's key.
+	EtcdKey string `env:"ETCD_KEY" allowed:"empty or an absolute path"`
+
+	// A user of an external etcd. Empty: none.
 	EtcdUsername string `env:"ETCD_USERNAME" allowed:"any text"`
+
+	// The user's password.
 	EtcdPassword string `env:"ETCD_PASSWORD" allowed:"any text"`
 
 	// The pod CIDRs: one per family, in the families' order; more may follow. They are created when they are not there yet, and never removed.
@@ -81,8 +89,10 @@ type Config struct {
 	// The DNS service's addresses.
 	DNSAddresses []string `env:"DNS_ADDRESSES" allowed:"empty, or an address for each of SERVICE_CIDRS"`
 
-	// The nodes' subnets, and ranges that are reached from them: for validation.
-	NodeCIDRs      []string `env:"NODE_CIDRS" allowed:"empty or a list of prefixes"`
+	// The nodes' subnets, which other ranges may not overlap.
+	NodeCIDRs []string `env:"NODE_CIDRS" allowed:"empty or a list of prefixes"`
+
+	// Ranges that are reached from the cluster, such as peered networks, which other ranges may not overlap.
 	ConnectedCIDRs []string `env:"CONNECTED_CIDRS" allowed:"empty or a list of prefixes"`
 
 	// What pods and services may not touch.
@@ -106,8 +116,10 @@ type Config struct {
 	// How long a node may take to accept what it is sent, before its stream is ended.
 	AckTimeout time.Duration `env:"ACK_TIMEOUT" envDefault:"30s" allowed:"a duration from 1s to 10m"`
 
-	// The least level that is logged, and the log's form.
-	LogLevel  string `env:"LOG_LEVEL" envDefault:"info" allowed:"debug, info, warn or error"`
+	// The least level that is logged.
+	LogLevel string `env:"LOG_LEVEL" envDefault:"info" allowed:"debug, info, warn or error"`
+
+	// The log's form.
 	LogFormat string `env:"LOG_FORMAT" envDefault:"text" allowed:"text or json"`
 }
 
