@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -144,8 +146,14 @@ func (p *program) node(ctx context.Context, i int, wg *sync.WaitGroup, got func(
 	})
 }
 
+// raceDetector reports whether this binary, and with it the program under test, is built with it.
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
 func TestKilledAtRandomPointsTheControllerLosesNothingAndGivesNothingTwice(t *testing.T) {
-	if testing.Short() {
+	if testing.Short() && !raceDetector() {
 		t.Skip("takes ten seconds")
 	}
 	p := newProgram(t)

@@ -27,8 +27,10 @@ import (
 //
 //	ovpagt-n1-p1 ─ tap ─ [overplaned] ─ ovpagt-n1:eth0 ── veth ── eth0:ovpagt-n2 ─ [overplaned] ─ tap ─ ovpagt-n2-p1
 //
-// They take root and /dev/net/tun.
-const testPrefix = "ovpagt-"
+// They take root and /dev/net/tun. The prefix has the test process's id besides, so that two of them do not meet: ovpagt1234-n1.
+const testProgram = "ovpagt"
+
+var testPrefix = fmt.Sprintf("%s%d-", testProgram, os.Getpid())
 
 // machine is the two nodes.
 type machine struct {
@@ -67,7 +69,7 @@ func newMachine(t *testing.T) *machine {
 		t.Skip("needs root: makes network namespaces, TAP devices and AF_XDP sockets")
 	}
 	if testing.Short() {
-		t.Skip("runs real daemons")
+		t.Skip("runs real daemons, which are programs of their own")
 	}
 	require.NoError(t, checkTun(tunPath))
 	bin, err := buildDaemon()
@@ -111,11 +113,16 @@ func (m *machine) bpf(i int) string       { return filepath.Join(m.dir, "bpf", f
 func netnsPath(name string) string        { return "/run/netns/" + name }
 func (m *machine) stateFile(i int) string { return filepath.Join(m.path(i), "state.json") }
 
-// sweep removes this test's namespaces; nobody else uses the prefix.
+// sweep removes this process's namespaces, and those of processes that are gone.
 func (m *machine) sweep() {
 	entries, _ := os.ReadDir("/run/netns")
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), testPrefix) {
+		rest, ours := strings.CutPrefix(e.Name(), testProgram)
+		pid, _, numbered := strings.Cut(rest, "-")
+		if !ours || !numbered {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join("/proc", pid)); pid == strconv.Itoa(os.Getpid()) || os.IsNotExist(err) {
 			_ = exec.Command("ip", "netns", "del", e.Name()).Run()
 		}
 	}

@@ -33,6 +33,7 @@ func interfaces(t *testing.T, netns string) []string {
 
 // The programs that people use must see what they expect: one lab, one subtest a program.
 func TestRealClients(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	from, to := n1.Pods[0].End(), n2.Pods[0].End()

@@ -19,15 +19,13 @@ import (
 	"github.com/overplane/overplane/test/lab"
 )
 
-const commandLab = "ovptrun"
-
-// overplaneLab prepares `overplane lab --name ovptrun ...`. Nothing of that lab is there before, nor after the test.
+// overplaneLab prepares `overplane lab --name NAME ...`. Nothing of that lab is there before, nor after the test.
 func overplaneLab(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	if err := lab.CheckRoot(); err != nil {
 		t.Skip(err)
 	}
-	cmd := exec.CommandContext(testContext(t), filepath.Join(binaries, "overplane"), append([]string{"lab", "--name", commandLab}, args...)...)
+	cmd := exec.CommandContext(testContext(t), filepath.Join(binaries, "overplane"), append([]string{"lab", "--name", labName(t)}, args...)...)
 	cmd.Env = append(os.Environ(), "OVERPLANE_BIN="+binaries)
 	return cmd
 }
@@ -37,18 +35,19 @@ func cleanCommandLab(t *testing.T) {
 	if err := lab.CheckRoot(); err != nil {
 		t.Skip(err)
 	}
-	require.NoError(t, lab.Down(commandLab))
-	t.Cleanup(func() { _ = lab.Down(commandLab) })
+	require.NoError(t, lab.Down(labName(t)))
+	t.Cleanup(func() { _ = lab.Down(labName(t)) })
 }
 
 func requireNothingLeft(t *testing.T) {
 	t.Helper()
-	left, err := lab.Leftovers(commandLab)
+	left, err := lab.Leftovers(labName(t))
 	require.NoError(t, err)
 	require.Empty(t, left)
 }
 
 func TestLabRunProvesAndCleansUp(t *testing.T) {
+	t.Parallel()
 	cleanCommandLab(t)
 	out, err := overplaneLab(t, "run").CombinedOutput()
 	require.NoError(t, err, string(out))
@@ -62,13 +61,14 @@ func TestLabRunProvesAndCleansUp(t *testing.T) {
 
 // What goes wrong while it runs shows in the exit status, and the lab is taken down all the same.
 func TestLabRunTellsTheTruth(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		do   func(t *testing.T, run *os.Process)
 		says string
 	}{
 		{"a_daemon_dies", func(t *testing.T, _ *os.Process) {
-			l, err := lab.Load(commandLab)
+			l, err := lab.Load(labName(t))
 			require.NoError(t, err)
 			require.NoError(t, l.Node("n2").Kill())
 		}, "overplaned of n2 does not run"},
@@ -101,6 +101,7 @@ func TestLabRunTellsTheTruth(t *testing.T) {
 }
 
 func TestLabRunCleansUpWhenNobodyReads(t *testing.T) {
+	t.Parallel()
 	cleanCommandLab(t)
 	cmd := overplaneLab(t, "run", "--nodes", "2", "--pods", "1")
 	r, w, err := os.Pipe()
@@ -117,6 +118,7 @@ func TestLabRunCleansUpWhenNobodyReads(t *testing.T) {
 
 // A lab whose `up` was killed is recognised as such and can be removed.
 func TestLabCrashedWhileComingUp(t *testing.T) {
+	t.Parallel()
 	cleanCommandLab(t)
 	cmd := overplaneLab(t, "up")
 	stderr, err := cmd.StderrPipe()
@@ -132,7 +134,7 @@ func TestLabCrashedWhileComingUp(t *testing.T) {
 	out, err := overplaneLab(t, "up").CombinedOutput()
 	require.Error(t, err)
 	require.Contains(t, string(out), "half there")
-	require.Contains(t, string(out), "overplane lab down --name "+commandLab)
+	require.Contains(t, string(out), "overplane lab down --name "+labName(t))
 	out, err = overplaneLab(t, "status").CombinedOutput()
 	require.Error(t, err, string(out))
 	out, err = overplaneLab(t, "down").CombinedOutput()
@@ -142,6 +144,7 @@ func TestLabCrashedWhileComingUp(t *testing.T) {
 
 // The life of a lab by hand.
 func TestLabCommands(t *testing.T) {
+	t.Parallel()
 	cleanCommandLab(t)
 	must := func(args ...string) string {
 		t.Helper()
@@ -166,15 +169,15 @@ func TestLabCommands(t *testing.T) {
 		}
 	}
 	require.NoError(t, json.Unmarshal([]byte(must("up", "--nodes", "2", "--pods", "1", "--json")), &up))
-	require.Equal(t, commandLab, up.Name)
+	require.Equal(t, labName(t), up.Name)
 	require.Len(t, up.Nodes, 2)
 	n2 := up.Nodes[1]
-	require.Equal(t, "n2 ovptrun-n2 10.240.0.12 fd00:240::12", strings.Join([]string{n2.Name, n2.Netns, n2.IPv4, n2.IPv6}, " "))
+	require.Equal(t, "n2 "+labName(t)+"-n2 10.240.0.12 fd00:240::12", strings.Join([]string{n2.Name, n2.Netns, n2.IPv4, n2.IPv6}, " "))
 	require.Contains(t, []string{"xdp-copy", "xdp-zerocopy"}, n2.Rung)
 	require.Positive(t, n2.PID)
-	require.FileExists(t, "/run/overplane-lab/"+commandLab+"/n2/overplaned.env")
-	require.Equal(t, "ovptrun-n2-p1 10.244.1.2 fd12:3456:789a:0:1::2", strings.Join([]string{n2.Pods[0].Netns, n2.Pods[0].IPv4, n2.Pods[0].IPv6}, " "))
-	require.Equal(t, "ovptrun-ext 198.51.100.10 2001:db8:100::10", strings.Join([]string{up.Ext.Netns, up.Ext.IPv4, up.Ext.IPv6}, " "))
+	require.FileExists(t, "/run/overplane-lab/"+labName(t)+"/n2/overplaned.env")
+	require.Equal(t, labName(t)+"-n2-p1 10.244.1.2 fd12:3456:789a:0:1::2", strings.Join([]string{n2.Pods[0].Netns, n2.Pods[0].IPv4, n2.Pods[0].IPv6}, " "))
+	require.Equal(t, labName(t)+"-ext 198.51.100.10 2001:db8:100::10", strings.Join([]string{up.Ext.Netns, up.Ext.IPv4, up.Ext.IPv6}, " "))
 	require.Positive(t, up.Controller.PID)
 	require.Equal(t, "10.240.0.1:7443", up.Controller.Address)
 
@@ -211,11 +214,11 @@ func TestLabCommands(t *testing.T) {
 	must("controller", "stop")
 	must("controller", "start")
 	must("node", "add")
-	require.Contains(t, must("status"), "ovptrun-n3-p1")
+	require.Contains(t, must("status"), labName(t)+"-n3-p1")
 	must("node", "drain", "n2")
-	require.NotContains(t, must("status"), "ovptrun-n2")
+	require.NotContains(t, must("status"), labName(t)+"-n2")
 
-	l, err := lab.Load(commandLab)
+	l, err := lab.Load(labName(t))
 	require.NoError(t, err)
 	requireReachable(t, l.Node("n1").Pods[0].End(), l.Node("n3").Pods[0].End())
 	must("down")

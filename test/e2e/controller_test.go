@@ -46,6 +46,7 @@ func underTraffic(t *testing.T, l *lab.Lab, do func()) {
 }
 
 func TestNodesOfAController(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Name: "ovptctl", Nodes: 3, Pods: 1, State: lab.StateController})
 	n1, n2, n3 := l.Nodes[0], l.Nodes[1], l.Nodes[2]
 	t.Run("they_forward_by_what_it_says", func(t *testing.T) {
@@ -149,6 +150,7 @@ func TestNodesOfAController(t *testing.T) {
 }
 
 func TestTwoControllersShareAnUnderlay(t *testing.T) {
+	t.Parallel()
 	a := newLab(t, lab.Options{Name: "ovptcta", Nodes: 2, Pods: 1, State: lab.StateController})
 	b := newLab(t, lab.Options{Name: "ovptctb", Nodes: 2, Pods: 1, State: lab.StateController, Underlay: "ovptcta"})
 	require.NotEqual(t, a.Controller.Address, b.Controller.Address)

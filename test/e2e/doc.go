@@ -1,5 +1,6 @@
 // Package e2e has the end-to-end suites: real daemons in a lab on this machine, real devices, real sockets as pods. Everything is
-// in its tests; they need root and skip, with the reason, without it. Each makes its own lab under a name that starts with "ovpt".
+// in its tests; they need root and skip, with the reason, without it. Each makes its own lab under a name that starts with "ovpt": most
+// of them wait for something most of the time, and so several run at once (go test -parallel).
 //
 //	go test ./test/e2e            all, with 1 GiB transfers
 //	go test -short ./test/e2e     64 MiB transfers

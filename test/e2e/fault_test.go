@@ -17,6 +17,7 @@ import (
 )
 
 func TestPodNamespaceDeletedUnderTheDaemon(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 2})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	victim := n2.Pods[0]
@@ -44,6 +45,7 @@ func TestPodNamespaceDeletedUnderTheDaemon(t *testing.T) {
 }
 
 func TestUplinkLosesItsCarrier(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	f := openFlow(t, n1.Pods[0].End(), n2.Pods[0].End(), 4)
@@ -61,6 +63,7 @@ func TestUplinkLosesItsCarrier(t *testing.T) {
 }
 
 func TestUplinkSetDownAndUp(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 2})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	require.NoError(t, lab.SetSysctl(n2.Netns(), "net/ipv6/conf/all/keep_addr_on_down", "1"))
@@ -76,6 +79,7 @@ func TestUplinkSetDownAndUp(t *testing.T) {
 }
 
 func TestMemberChangesItsMAC(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 3, Pods: 1})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	f := openFlow(t, n1.Pods[0].End(), n2.Pods[0].End(), 6)
@@ -94,6 +98,7 @@ func TestMemberChangesItsMAC(t *testing.T) {
 }
 
 func TestSecondDaemonOnOneNodeIsRefused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 2})
 	n1 := l.Nodes[0]
 	other := t.TempDir()
@@ -118,6 +123,7 @@ func TestSecondDaemonOnOneNodeIsRefused(t *testing.T) {
 }
 
 func TestForeignXDPProgramIsRefusedAndLeftInPlace(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 2, Uplink: "xdp"})
 	n1 := l.Nodes[0]
 	require.NoError(t, n1.Stop())
@@ -157,6 +163,7 @@ func TestForeignXDPProgramIsRefusedAndLeftInPlace(t *testing.T) {
 }
 
 func TestMachineGrantsTooLittle(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 2, Uplink: "xdp"})
 	n1 := l.Nodes[0]
 	require.NoError(t, n1.Stop())
@@ -195,6 +202,7 @@ func TestMachineGrantsTooLittle(t *testing.T) {
 }
 
 func TestBadConfigurationNamesEveryVariable(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1})
 	n1 := l.Nodes[0]
 	require.NoError(t, n1.Stop())

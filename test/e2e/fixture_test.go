@@ -5,6 +5,7 @@ import (
 	"debug/buildinfo"
 	"flag"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -62,6 +63,15 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
+// labName is the name of a test's lab: the same for its subtests, the same in every run, so that what a crash left is found, and another one than
+// other tests', which may run at the same time.
+func labName(t *testing.T) string {
+	top, _, _ := strings.Cut(t.Name(), "/")
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(os.Getenv(cellVariable) + top))
+	return fmt.Sprintf("ovpt%04x", uint16(h.Sum32()^h.Sum32()>>16))
+}
+
 // newLab makes a lab, which is one of state files unless o says that it has a controller, and takes it down at the end of the test; nothing may be left of it then. When the test failed, the daemons' logs
 // are part of its output.
 func newLab(t *testing.T, o lab.Options) *lab.Lab {
@@ -70,7 +80,7 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 		t.Skip(err)
 	}
 	if o.Name == "" {
-		o.Name = "ovpt"
+		o.Name = labName(t)
 	}
 	require.True(t, strings.HasPrefix(o.Name, "ovpt"), "a lab of the tests must not be a user's")
 	o.Binaries = binaries

@@ -13,8 +13,9 @@ import (
 
 // A host that refuses something gets the next rung, and is told why; pods and connections go from rung to rung.
 func TestLadder(t *testing.T) {
+	t.Parallel()
 	inCell(t)
-	l := newLab(t, lab.Options{Name: "ovptun", Nodes: 2, Pods: 1, Uplink: "auto"})
+	l := newLab(t, lab.Options{Nodes: 2, Pods: 1, Uplink: "auto"})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	f := openFlow(t, n1.Pods[0].End(), n2.Pods[0].End(), 4)
 	withoutNetRaw := []string{tool(t, "setpriv"), "--bounding-set", "-net_raw", "--inh-caps", "-net_raw", "--"}
@@ -98,8 +99,9 @@ func TestLadder(t *testing.T) {
 
 // The device that stands for the uplink is deleted: it is made again.
 func TestUplinkDeviceDeleted(t *testing.T) {
+	t.Parallel()
 	inCell(t)
-	l := newLab(t, lab.Options{Name: "ovptun", Nodes: 2, Pods: 1, Uplink: "tun"})
+	l := newLab(t, lab.Options{Nodes: 2, Pods: 1, Uplink: "tun"})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	before := device(t, n1.Netns(), "ovp-up0").Index
 	Exec(t, n1.Netns(), "ip", "link", "del", "ovp-up0")
@@ -112,6 +114,7 @@ func TestUplinkDeviceDeleted(t *testing.T) {
 
 // The uplink comes back as something else, under the same name and address: the ladder is climbed anew.
 func TestUplinkComesBackAsAnotherKind(t *testing.T) {
+	t.Parallel()
 	inCell(t)
 	for _, c := range []struct {
 		kind string
@@ -124,7 +127,7 @@ func TestUplinkComesBackAsAnotherKind(t *testing.T) {
 		{"vlan", []string{"id", "7"}, "both"},
 	} {
 		t.Run(c.kind, func(t *testing.T) {
-			l := newLab(t, lab.Options{Name: "ovptun", Nodes: 2, Pods: 1, Uplink: "auto"})
+			l := newLab(t, lab.Options{Nodes: 2, Pods: 1, Uplink: "auto"})
 			n1, n2 := l.Nodes[0], l.Nodes[1]
 			if out, err := tryExec(t, n1.Netns(), "ip", "link", "add", "probe0", "type", c.kind); strings.Contains(out, "Unknown device type") {
 				t.Skipf("the kernel has no %s: %v", c.kind, err)

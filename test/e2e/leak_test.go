@@ -25,6 +25,7 @@ func framesTo(t *testing.T, l *lab.Lab, dst netip.Addr) *lab.Capture {
 // Pod addresses that nobody has must not leave by the default route: neither from pods nor from the node, and neither with the daemon
 // nor without it.
 func TestUnusedPodSpaceIsNotLeaked(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1 := l.Nodes[0]
 	eachFamily(t, func(t *testing.T, family int) {
@@ -56,6 +57,7 @@ func TestUnusedPodSpaceIsNotLeaked(t *testing.T) {
 
 // What is for the world outside leaves with the node's address; with translation switched off ("external SNAT") with the pod's own.
 func TestPodsAndTheWorldOutside(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1 := l.Nodes[0]
 	pod, ext := n1.Pods[0], l.ExtEnd()

@@ -15,6 +15,7 @@ import (
 
 // A daemon that is away must not take the node's own traffic with it, and one that comes back must find its pods.
 func TestDaemonAwayAndBack(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name    string
 		workers int
@@ -67,6 +68,7 @@ func TestDaemonAwayAndBack(t *testing.T) {
 
 // Bytes on their way when both daemons crash, one after the other, arrive.
 func TestTransferSurvivesCrashes(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	eachFamily(t, func(t *testing.T, family int) {
 		done := make(chan error, 1)
@@ -101,6 +103,7 @@ func deviceIndex(t *testing.T, netns string) int {
 }
 
 func TestReloadFollowsTheStateFile(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 3, Pods: 1})
 	n1, n3 := l.Nodes[0], l.Nodes[2]
 	pod1, pod3 := n1.Pods[0].End(), n3.Pods[0].End()
@@ -148,6 +151,7 @@ func TestReloadFollowsTheStateFile(t *testing.T) {
 }
 
 func TestNodesComeAndGo(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1 := l.Nodes[0]
 	n3, err := l.AddNode(testContext(t))

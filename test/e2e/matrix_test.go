@@ -11,6 +11,7 @@ import (
 )
 
 func TestClusterForwards(t *testing.T) {
+	t.Parallel()
 	for _, workers := range []int{1, 2} {
 		for _, forward := range []int{0, 1} {
 			t.Run(fmt.Sprintf("workers=%d/ip_forward=%d", workers, forward), func(t *testing.T) {
@@ -65,6 +66,7 @@ func freeFrames(t *testing.T, l *lab.Lab) int {
 }
 
 func TestBulkTransferArrivesWhole(t *testing.T) {
+	t.Parallel()
 	size := int64(1 << 30)
 	if testing.Short() {
 		size = 64 << 20

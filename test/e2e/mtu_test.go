@@ -24,6 +24,7 @@ func once(t *testing.T, p *lab.Pinger, size int) error {
 }
 
 func TestPathMTU(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1, MTU: 1500})
 	n1 := l.Nodes[0]
 	from, to := n1.Pods[0].End(), l.Nodes[1].Pods[0].End()
@@ -72,6 +73,7 @@ func TestPathMTU(t *testing.T) {
 }
 
 func TestMTUFollowsTheUplink(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1, MTU: 1500})
 	n1 := l.Nodes[0]
 	pod := n1.Pods[0]

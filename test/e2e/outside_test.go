@@ -13,6 +13,7 @@ import (
 
 // Connections to the outside outlive the daemon, on every rung and with workers that must hand packets over.
 func TestTranslatedConnectionsSurviveRestartsAndCrashes(t *testing.T) {
+	t.Parallel()
 	for _, o := range []lab.Options{{Uplink: "xdp-copy"}, {Uplink: "xdp-copy", Workers: 2}, {Uplink: "tun"}, {Uplink: "plain"}} {
 		name := o.Uplink
 		if o.Workers > 1 {
@@ -46,6 +47,7 @@ func TestTranslatedConnectionsSurviveRestartsAndCrashes(t *testing.T) {
 
 // A service of the node whose port lies in the translated range is reached as ever, once the daemon has seen its socket.
 func TestTheNodesServicesKeepTheirPorts(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1 := l.Nodes[0]
 	eachFamily(t, func(t *testing.T, family int) {

@@ -20,6 +20,7 @@ const (
 
 // A full node: 250 pods, one worker.
 func TestResourcesOfAFullNode(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1 := l.Nodes[0]
 	ctx := testContext(t)
@@ -49,14 +50,16 @@ func TestResourcesOfAFullNode(t *testing.T) {
 		require.NotZero(t, frameKiB)
 		require.Less(t, resident-frameKiB, 64<<10)
 	})
-	t.Run("idle", func(t *testing.T) {
-		time.Sleep(time.Second)
-		const span = 8 * time.Second
-		before := cpuTicks(t, pid)
-		time.Sleep(span)
-		used := cpuTicks(t, pid) - before
-		t.Logf("%d ticks of 10 ms in %v: %.2f %% of a core", used, span, float64(used)/tickHertz/span.Seconds()*100)
-		require.LessOrEqual(t, float64(used)/tickHertz, span.Seconds()/100+1.0/tickHertz, "an idle daemon uses 1 %% of a core at most (and the clock's granule)")
+	t.Run("idle", func(t *testing.T) { requireIdle(t, pid) })
+	t.Run("restart", func(t *testing.T) {
+		require.NoError(t, n1.Stop())
+		begin := time.Now()
+		require.NoError(t, n1.Start(ctx))
+		require.NoError(t, n1.WaitProgrammed(ctx))
+		t.Logf("250 pods adopted in %.1f s", time.Since(begin).Seconds())
+		require.EqualValues(t, 250, status(t, n1).PodCount)
+		requireReachable(t, n1.Pods[0].End(), n1.Pods[249].End())
+		pid = n1.Pid()
 	})
 	t.Run("nothing_leaks", func(t *testing.T) {
 		for _, p := range n1.Pods[1:] {
@@ -65,10 +68,33 @@ func TestResourcesOfAFullNode(t *testing.T) {
 		require.Eventually(t, func() bool { return openFiles(t, pid) <= filesBefore }, 10*time.Second, 100*time.Millisecond,
 			"%d descriptors before, %d after", filesBefore, openFiles(t, pid))
 		require.Less(t, statusField(t, pid, "Threads"), threadsBefore+10)
+		require.True(t, status(t, n1).Ready)
+		for _, w := range status(t, n1).Workers {
+			require.Equal(t, w.LargeTotal, w.LargeFree, "no buffer is lost with a port")
+		}
 		for _, p := range n1.Pods[1:] {
 			require.NotContains(t, interfaces(t, p.Netns()), "eth0")
 		}
 	})
+}
+
+// requireIdle checks that a process with nothing to do takes 1 % of a core at most, and the clock's granule. It gets three chances: the kernels of
+// pods just attached join multicast groups for a while, and on a busy machine the same work takes more time.
+func requireIdle(t *testing.T, pid int) {
+	t.Helper()
+	const span, chances = 5 * time.Second, 3
+	most := span.Seconds()/100 + 1.0/tickHertz
+	for chance := 1; ; chance++ {
+		time.Sleep(time.Second)
+		before := cpuTicks(t, pid)
+		time.Sleep(span)
+		used := float64(cpuTicks(t, pid)-before) / tickHertz
+		t.Logf("%.2f %% of a core", used/span.Seconds()*100)
+		if used <= most {
+			return
+		}
+		require.Less(t, chance, chances, "an idle daemon uses %.2f s in %v, time and again", used, span)
+	}
 }
 
 // cpuTicks is user and system time of a process so far.

@@ -89,6 +89,7 @@ func (r *receiver) got(t *testing.T, limit time.Duration) bool {
 }
 
 func TestPodsCannotSpoof(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 2})
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	pod := n1.Pods[0]
@@ -135,6 +136,7 @@ func gatewayMACOf(t *testing.T, n *lab.Node) string {
 }
 
 func TestOutsideCannotReachPods(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
 	n1 := l.Nodes[0]
 	pod, ext := n1.Pods[0], l.ExtEnd()
@@ -165,6 +167,7 @@ func TestOutsideCannotReachPods(t *testing.T) {
 }
 
 func TestTwoClustersWithOnePodCIDRShareAnUnderlay(t *testing.T) {
+	t.Parallel()
 	a := newLab(t, lab.Options{Name: "ovpta", Nodes: 2, Pods: 1})
 	b := newLab(t, lab.Options{Name: "ovptb", Nodes: 2, Pods: 1, Underlay: "ovpta"})
 	require.ErrorContains(t, lab.Down("ovpta"), "ovptb", "an underlay in use is not taken down")

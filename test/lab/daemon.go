@@ -208,7 +208,7 @@ func (n *Node) Kill() error {
 	if err := n.Signal(unix.SIGKILL); err != nil {
 		return err
 	}
-	if p, ok := n.process(); ok && !p.wait(5*time.Second) {
+	if p, ok := n.process(); ok && !p.wait(deathPatience) {
 		return fmt.Errorf("%s: process %d does not die", n.Name(), p.pid)
 	}
 	return nil

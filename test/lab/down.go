@@ -66,6 +66,11 @@ func down(name string) error {
 	for _, ns := range names {
 		errs = append(errs, deleteNetns(ns))
 	}
+	unlock, err := lockShared()
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	defer unlock()
 	errs = append(errs, removePins(name))
 	if pins, err := os.ReadDir(bpffsPath); mountedBPF && err == nil && len(pins) == 0 {
 		// Pins would go with the mount, and do not keep it busy: whoever else has some by now keeps it.

@@ -239,6 +239,11 @@ func (l *Lab) adopt() {
 
 // lock takes the lab's lock, which is its folder. Commands do not wait for each other: two at once are a mistake.
 func lock(name string) (unlock func(), err error) {
+	release, err := lockShared()
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	dir := filepath.Join(runRoot, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -257,6 +262,25 @@ func lock(name string) (unlock func(), err error) {
 	if err1 != nil || err2 != nil || !os.SameFile(mine, there) {
 		f.Close()
 		return nil, fmt.Errorf("another overplane lab command has just removed lab %s: try again", name)
+	}
+	return func() { f.Close() }, nil
+}
+
+// lockShared waits for its turn to make or remove what labs have in common: the folders above theirs, and the mount of the BPF file system. One
+// that goes down would otherwise take them from under one that comes up. Held for moments; nothing is left of it.
+func lockShared() (unlock func(), err error) {
+	f, err := os.Open(filepath.Dir(runRoot))
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 	}
 	return func() { f.Close() }, nil
 }

@@ -64,6 +64,10 @@ func (p process) wait(limit time.Duration) bool {
 	return true
 }
 
+// deathPatience is how long a process may take from SIGKILL to its end. The kernel closes its descriptors first: for a daemon with hundreds of
+// pods that is as many AF_XDP sockets with their memory, seconds on a busy machine. It is there for what never ends.
+const deathPatience = time.Minute
+
 // end asks a process to end and makes it if it does not.
 func (p process) end(patience time.Duration) error {
 	// A stopped process handles no signal but these two.
@@ -77,7 +81,7 @@ func (p process) end(patience time.Duration) error {
 	if err := p.signal(unix.SIGKILL); err != nil {
 		return err
 	}
-	if !p.wait(5 * time.Second) {
+	if !p.wait(deathPatience) {
 		return fmt.Errorf("process %d does not die of SIGKILL", p.pid)
 	}
 	return nil

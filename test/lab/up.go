@@ -40,11 +40,7 @@ func Up(ctx context.Context, o Options) (_ *Lab, err error) {
 			err = errors.Join(err, down(o.Name))
 		}
 	}()
-	if l.MountedBPF, err = mountBPF(); err != nil {
-		return nil, err
-	}
-	// The daemons make their folders in it.
-	if err := os.MkdirAll(filepath.Join(pinRoot, l.Name), 0o700); err != nil {
+	if l.MountedBPF, err = makePins(l.Name); err != nil {
 		return nil, err
 	}
 	if err := l.save(); err != nil {
@@ -225,6 +221,19 @@ func (l *Lab) Broken(ctx context.Context) []string {
 		}
 	}
 	return broken
+}
+
+// makePins makes the lab's folder of the BPF file system, in which the daemons make theirs, and says whether it mounted the latter.
+func makePins(name string) (mounted bool, err error) {
+	unlock, err := lockShared()
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	if mounted, err = mountBPF(); err != nil {
+		return false, err
+	}
+	return mounted, os.MkdirAll(filepath.Join(pinRoot, name), 0o700)
 }
 
 // mountBPF mounts the BPF file system where it belongs if it is not there, and says whether it did.
