@@ -27,6 +27,18 @@ const (
 	recordSkip   = 1 << 31 // in a record's length: nothing, go on at the ring's beginning
 )
 
+const (
+	// A port's packets may take waitingShare times as many bytes of a ring as are free, so that one port's never take the room of all others.
+	waitingShare = 4
+	// maxWaiting is how many packets of one pod may wait in a ring: those of others wait behind them.
+	maxWaiting = 1024
+	// heldSlots is how many slots are told apart; those beyond share with others.
+	heldSlots = 512
+)
+
+// waiting is what a slot's packets take of a ring.
+type waiting struct{ packets, bytes uint32 }
+
 // ring carries packets from one worker to another.
 type ring struct {
 	data []byte
@@ -35,7 +47,31 @@ type ring struct {
 	_    [64]byte
 	tail atomic.Uint64 // bytes the writer has written
 	_    [64]byte
+
+	// The writer's own: what waits, by slot, counting as waiting all from settled on.
+	settled uint64
+	held    [heldSlots]waiting
 }
+
+// settle stops counting what the reader is done with. The writer reads what it wrote itself, and nobody else writes there.
+func (r *ring) settle(head uint64) {
+	for r.settled != head {
+		at := r.settled & uint64(len(r.data)-1)
+		total := binary.LittleEndian.Uint32(r.data[at:])
+		if total == recordSkip {
+			r.settled += uint64(len(r.data)) - at
+			continue
+		}
+		size := recordSize(int(total))
+		h := &r.held[binary.LittleEndian.Uint16(r.data[at+4:])%heldSlots]
+		h.packets--
+		h.bytes -= uint32(size)
+		r.settled += uint64(size)
+	}
+}
+
+// recordSize is how many bytes of a ring a packet of total bytes takes.
+func recordSize(total int) int { return (recordHeader + total + recordAlign - 1) &^ (recordAlign - 1) }
 
 // handed is a packet's record, beside its bytes.
 type handed struct {
@@ -73,11 +109,16 @@ func (h *handed) decode(b []byte) {
 	h.srcPort, h.dstPort, h.id = binary.LittleEndian.Uint16(b[18:]), binary.LittleEndian.Uint16(b[20:]), binary.LittleEndian.Uint32(b[24:])
 }
 
-// put copies a packet into the ring, for the writer. It reports false if there is no room.
+// put copies a packet into the ring, for the writer. It reports false if there is no room, or none for this slot's packets.
 func (r *ring) put(pool *port.Pool, h *handed, chain []port.Frame, total int) bool {
-	size := (recordHeader + total + recordAlign - 1) &^ (recordAlign - 1)
-	tail := r.tail.Load()
-	free := len(r.data) - int(tail-r.head.Load())
+	size := recordSize(total)
+	tail, head := r.tail.Load(), r.head.Load()
+	r.settle(head)
+	free := len(r.data) - int(tail-head)
+	held := &r.held[h.slot%heldSlots]
+	if int(held.bytes)+size > waitingShare*free || held.packets >= maxWaiting && h.slot >= FirstPodSlot {
+		return false
+	}
 	at := int(tail & uint64(len(r.data)-1))
 	if rest := len(r.data) - at; size > rest {
 		if size+rest > free {
@@ -94,6 +135,8 @@ func (r *ring) put(pool *port.Pool, h *handed, chain []port.Frame, total int) bo
 	for i := range chain {
 		b = b[copy(b, pool.Bytes(&chain[i])):]
 	}
+	held.packets++
+	held.bytes += uint32(size)
 	r.tail.Store(tail + uint64(size))
 	return true
 }
@@ -111,8 +154,7 @@ func (r *ring) peek() (record []byte, next uint64) {
 		at = 0
 		total = binary.LittleEndian.Uint32(r.data)
 	}
-	size := (recordHeader + uint64(total) + recordAlign - 1) &^ (recordAlign - 1)
-	return r.data[at : at+recordHeader+uint64(total)], head + size
+	return r.data[at : at+recordHeader+uint64(total)], head + uint64(recordSize(int(total)))
 }
 
 // handOver gives a packet to the worker that owns its session.
@@ -162,7 +204,7 @@ func (w *Worker) takeOver() (total int) {
 				break
 			}
 			left -= packets
-			total += frames
+			total += frames + w.relieve(frames)
 		}
 	}
 	return total

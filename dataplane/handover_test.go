@@ -9,6 +9,7 @@ import (
 	"github.com/google/gopacket/layers"
 	"github.com/stretchr/testify/require"
 
+	"github.com/overplane/overplane/dataplane/drop"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 	"github.com/overplane/overplane/dataplane/port/mem"
@@ -265,4 +266,56 @@ func TestHandingOverAllocatesNothing(t *testing.T) {
 		}
 	}))
 	require.Greater(t, wrong.handedOver, uint64(50))
+}
+
+// A pod that sends more than the owner of its sessions can take leaves room in the ring for others, and does not make them wait behind all that the ring
+// could hold.
+func TestHandingOverIsFair(t *testing.T) {
+	f := families[0]
+	for _, size := range []int{10, 1400} {
+		c := newCrew(t, 2)
+		ws := c.d.Workers()
+		owned := func(pod int) (b []byte, owner *Worker) { // by the second worker
+			for sport := 1000; ; sport++ {
+				p := fromPod(pod, f.outside, size)
+				p.l4 = []gopacket.SerializableLayer{&layers.UDP{SrcPort: layers.UDPPort(sport), DstPort: 2000}}
+				var q packet.Packet
+				b := p.bytes(t)
+				packet.Parse(&q, b, len(b))
+				if snat.OwnerOut(&q, b, 2) == 1 {
+					return b, ws[1]
+				}
+			}
+		}
+		greedy, owner := owned(0)
+		modest, _ := owned(1)
+		wrong := ws[0]
+		q := &sink{pool: wrong.pool, frames: [][]byte{greedy}}
+		for range 20000 {
+			wrong.receive(&source{slot: wrong.slots[FirstPodSlot], queue: q})
+		}
+		r := owner.inbox[0]
+		require.Positive(t, wrong.slots[FirstPodSlot].dropsIn[drop.HandoverFull])
+		waiting := r.tail.Load() - r.head.Load()
+		require.LessOrEqual(t, waiting, uint64(len(r.data))*4/5+2048)
+		if size == 10 {
+			require.LessOrEqual(t, waiting, uint64(maxWaiting*128), "few packets, however small")
+		}
+		q.frames = [][]byte{modest}
+		for range 50 {
+			wrong.receive(&source{slot: wrong.slots[FirstPodSlot+1], queue: q})
+		}
+		require.Zero(t, wrong.slots[FirstPodSlot+1].dropsIn[drop.HandoverFull])
+		for owner.expecting() {
+			owner.Poll()
+		}
+		// What was taken counts no longer.
+		refused := wrong.slots[FirstPodSlot].dropsIn[drop.HandoverFull]
+		q.frames = [][]byte{greedy}
+		for range 100 {
+			wrong.receive(&source{slot: wrong.slots[FirstPodSlot], queue: q})
+		}
+		require.Equal(t, refused, wrong.slots[FirstPodSlot].dropsIn[drop.HandoverFull])
+		require.EqualValues(t, 100, r.held[FirstPodSlot].packets)
+	}
 }

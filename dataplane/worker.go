@@ -16,6 +16,8 @@ import (
 const (
 	// batch is how many packets take each stage together: few enough for their headers and verdicts to stay in the first-level cache.
 	batch = 64
+	// manyFrames is how many of the uplink's frames at once say that more are waiting.
+	manyFrames = 16
 	// queueFrames is how many frames a port's queue holds within a batch.
 	queueFrames = 256
 )
@@ -39,9 +41,12 @@ type Worker struct {
 	snap   *Snapshot
 	slots  []*slot
 	polled []source // queues asked on every poll
-	wait   waiter   // all other queues, asked when epoll names them
-	kicks  []*slot  // ports that Flush is due for: something was transmitted since, or is outstanding
-	now    int64    // monotonic nanoseconds at the start of the poll
+	// The uplink's queues, whichever way they are asked; backlog: one of them gave much when it was asked last.
+	uplinks []source
+	backlog bool
+	wait    waiter  // all other queues, asked when epoll names them
+	kicks   []*slot // ports that Flush is due for: something was transmitted since, or is outstanding
+	now     int64   // monotonic nanoseconds at the start of the poll
 
 	// One batch on its journey.
 	batch    []port.Frame
@@ -162,10 +167,10 @@ func (w *Worker) Poll() int {
 	}
 	total := 0
 	for i := range w.polled {
-		total += w.receive(&w.polled[i])
+		total += w.serve(&w.polled[i])
 	}
 	for _, i := range w.wait.ready(0) {
-		total += w.receive(&w.wait.sources[i])
+		total += w.serve(&w.wait.sources[i])
 	}
 	if w.inbox != nil {
 		total += w.takeOver()
@@ -192,9 +197,33 @@ func (w *Worker) kick() {
 	w.kicks = due
 }
 
+// serve serves one queue, and after a pod's the uplink for as much again if that has a backlog. What pods send is answered: if each took its turn and the
+// uplink one, many answers would wait there, and those that find no room are anybody's. This way a pod that sends more than can be forwarded fills its own queue.
+func (w *Worker) serve(from *source) int {
+	n := w.receive(from)
+	if n > 0 && from.slot.index != UplinkSlot {
+		n += w.relieve(n)
+	}
+	return n
+}
+
+// relieve receives so many frames from the uplink's queues while they have a backlog.
+func (w *Worker) relieve(frames int) (total int) {
+	for w.backlog && total < frames {
+		w.backlog = false
+		for i := range w.uplinks {
+			total += w.receive(&w.uplinks[i])
+		}
+	}
+	return total
+}
+
 // receive takes one batch from a queue through the journey.
 func (w *Worker) receive(from *source) int {
 	n := from.queue.Receive(w.frames[:])
+	if n >= manyFrames && from.slot.index == UplinkSlot {
+		w.backlog = true
+	}
 	for done := 0; done < n; {
 		// Whole packets, at most a batch of them.
 		end := n
@@ -290,6 +319,9 @@ func (w *Worker) attach(sl *slot, p port.Port) {
 			sl.queue = make([]port.Frame, 0, queueFrames)
 		}
 		src := source{slot: sl, queue: queue}
+		if sl.index == UplinkSlot {
+			w.uplinks = append(w.uplinks, src)
+		}
 		if sl.caps.Polled {
 			w.polled = append(w.polled, src)
 		}
@@ -303,6 +335,9 @@ func (w *Worker) attach(sl *slot, p port.Port) {
 func (w *Worker) detach(sl *slot) {
 	if sl.port == nil {
 		return
+	}
+	if sl.index == UplinkSlot {
+		w.uplinks = w.uplinks[:0]
 	}
 	polled := w.polled[:0]
 	for _, src := range w.polled {

@@ -54,6 +54,11 @@ type fragmentEntry struct {
 	release          bool
 }
 
+// contradicts reports whether a first fragment has other ports than the first one had.
+func (e *fragmentEntry) contradicts(p *packet.Packet) bool {
+	return e.known && (e.srcPort != p.SrcPort || e.dstPort != p.DstPort || e.icmpType != p.ICMPType)
+}
+
 type heldFragment struct {
 	handle uint64
 	next   uint32
@@ -139,7 +144,7 @@ func (t *Translator) Fragment(p *packet.Packet, pod int, v *FragmentView) {
 	}
 	e := &f.entries[v.entry-1]
 	switch {
-	case first && e.known && (e.srcPort != p.SrcPort || e.dstPort != p.DstPort || e.icmpType != p.ICMPType):
+	case first && e.contradicts(p):
 		v.Reason = drop.NATFragmentConflict
 	case first:
 		v.Action = FragmentPass
@@ -195,6 +200,10 @@ func (t *Translator) TrackFragment(p *packet.Packet, v *FragmentView, handle uin
 		v.entry = t.newFragment(p, v)
 	}
 	e := &f.entries[v.entry-1]
+	if first && e.contradicts(p) { // one of the batch
+		v.Action, v.Reason = FragmentRefuse, drop.NATFragmentConflict
+		return v.Action
+	}
 	if first && !e.known {
 		e.known, e.srcPort, e.dstPort, e.icmpType = true, p.SrcPort, p.DstPort, p.ICMPType
 		e.newID = v.id

@@ -253,6 +253,26 @@ func TestFragmentsConflict(t *testing.T) {
 	})
 }
 
+// Also if both first fragments come in one batch, which is decided on before it is executed.
+func TestFragmentsConflictWithinABatch(t *testing.T) {
+	forFamilies(t, Config{}, func(t *testing.T, w *world) {
+		f := w.to(0, udp, 4000, 0, 53)
+		f.more, f.id, f.payload = true, 9, make([]byte, 16)
+		g := f
+		g.dport = 54
+		ps := []packet.Packet{w.parse(f.frame()), w.parse(f.frame()), w.parse(g.frame())}
+		fv := make([]FragmentView, len(ps))
+		for i := range ps {
+			w.tr.Fragment(&ps[i], 0, &fv[i])
+			require.Equal(t, FragmentPass, fv[i].Action)
+		}
+		require.Equal(t, FragmentPass, w.tr.TrackFragment(&ps[0], &fv[0], 0))
+		require.Equal(t, FragmentPass, w.tr.TrackFragment(&ps[1], &fv[1], 0))
+		require.Equal(t, FragmentRefuse, w.tr.TrackFragment(&ps[2], &fv[2], 0))
+		require.Equal(t, drop.NATFragmentConflict, fv[2].Reason)
+	})
+}
+
 // A batch is decided on before it is executed: the view of a later fragment does not know the first one yet.
 func TestFragmentsOfOneBatch(t *testing.T) {
 	forFamilies(t, Config{}, func(t *testing.T, w *world) {

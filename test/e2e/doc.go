@@ -4,6 +4,8 @@
 //
 //	go test ./test/e2e            all, with 1 GiB transfers
 //	go test -short ./test/e2e     64 MiB transfers
+//	OVERPLANE_E2E=full go test -timeout 4h ./test/e2e
+//	                              the whole suite on every rung, and floods, connections and transfers of address translation at full length
 //
 // The programs under test are built on the way, or taken from the folder that OVERPLANE_BIN names.
 package e2e

@@ -35,6 +35,13 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, denyAndExec(os.Args[2:]))
 		return 1
 	}
+	if len(os.Args) > 2 && os.Args[1] == echoArgument {
+		if err := serveEcho(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
+	}
 	flag.Parse()
 	if lab.CheckRoot() != nil {
 		return m.Run() // every test skips
@@ -142,6 +149,13 @@ func eachFamily(t *testing.T, check func(t *testing.T, family int)) {
 	}
 }
 
+// packages are the tools' packages in Debian.
+var packages = map[string]string{
+	"ping": "iputils-ping", "tracepath": "iputils-tracepath", "setpriv": "util-linux", "ip": "iproute2", "tc": "iproute2", "ss": "iproute2",
+	"turnserver": "coturn", "turnutils_natdiscovery": "coturn", "nping": "nmap", "hping3": "hping3",
+	"traceroute": "traceroute", "iperf3": "iperf3", "tcpdump": "tcpdump", "ethtool": "ethtool",
+}
+
 // tool is the path of a program from Debian. Without it the test skips, in CI it fails.
 func tool(t *testing.T, name string) string {
 	t.Helper()
@@ -152,10 +166,14 @@ func tool(t *testing.T, name string) string {
 		}
 	}
 	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("%s is not installed", name)
+		missing := name + " is not installed"
+		if p := packages[name]; p != "" {
+			missing += ": apt-get install --no-install-recommends " + p
 		}
-		t.Skipf("%s is not installed", name)
+		if os.Getenv("CI") != "" {
+			t.Fatal(missing)
+		}
+		t.Skip(missing)
 	}
 	return path
 }

@@ -26,6 +26,9 @@ const (
 	cellVariable = "OVERPLANE_E2E_CELL"
 )
 
+// full says whether tests are to do all they can.
+func full() bool { return os.Getenv(fullVariable) == "full" }
+
 // cell is one entry of the matrix.
 type cell struct {
 	uplink, podPort string
@@ -103,7 +106,7 @@ func printRows(t *testing.T, rows []row) {
 func TestRungs(t *testing.T) {
 	t.Parallel()
 	inCell(t)
-	if os.Getenv(fullVariable) == "full" {
+	if full() {
 		t.Skip("TestWholeSuiteOnEveryRung does more")
 	}
 	var rows []row
@@ -206,7 +209,7 @@ func measureTCP(t *testing.T, from, to lab.End, family int, span time.Duration) 
 // TestWholeSuiteOnEveryRung runs this binary again for each cell.
 func TestWholeSuiteOnEveryRung(t *testing.T) {
 	inCell(t)
-	if os.Getenv(fullVariable) != "full" {
+	if !full() {
 		t.Skipf("takes minutes for each of %d cells: set %s=full", len(cells()), fullVariable)
 	}
 	if err := lab.CheckRoot(); err != nil {

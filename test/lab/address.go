@@ -28,6 +28,7 @@ const (
 	maxNodeNumber   = 254 - firstNodeHost + 1
 	maxPodsPerNode  = 250
 	workersLimit    = 16
+	queuesLimit     = 64
 	maxUnderlayMTU  = 65535
 	minUnderlayMTU  = 1280
 	defaultLabName  = "ovp"

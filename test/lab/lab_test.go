@@ -19,9 +19,9 @@ import (
 const testLab = "ovptlab"
 
 func TestOptionsNameEveryMistakeAtOnce(t *testing.T) {
-	o := Options{Name: "Bad_Name", Nodes: 1000, Pods: -1, Uplink: "carrier-pigeon", PodPort: "pigeonhole", Workers: 99, MTU: 100, IPForward: 2, Underlay: "x y", State: "gossip"}
+	o := Options{Name: "Bad_Name", Nodes: 1000, Pods: -1, Uplink: "carrier-pigeon", PodPort: "pigeonhole", Workers: 99, Queues: 5, MTU: 100, IPForward: 2, Underlay: "x y", State: "gossip"}
 	err := o.resolve()
-	for _, flag := range []string{"--name", "--nodes", "--pods", "--uplink", "--pod-port", "--workers", "--mtu", "--ip-forward", "--underlay", "--state"} {
+	for _, flag := range []string{"--name", "--nodes", "--pods", "--uplink", "--pod-port", "--workers", "--queues", "--mtu", "--ip-forward", "--underlay", "--state"} {
 		require.ErrorContains(t, err, flag)
 	}
 	for _, rung := range []string{"xdp-copy", "tun", "plain"} {
@@ -33,6 +33,9 @@ func TestOptionsNameEveryMistakeAtOnce(t *testing.T) {
 	require.Equal(t, "ovp", o.Name)
 	require.Equal(t, 3, o.Nodes)
 	require.Equal(t, StateController, o.State)
+	o = Options{Workers: 2}
+	require.NoError(t, o.resolve())
+	require.Equal(t, 2, o.Queues, "as many as workers")
 }
 
 func TestAddressPlan(t *testing.T) {

@@ -9,6 +9,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+
+	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 )
 
 // Options is what a lab is made of. The zero value of a field is its default, except where it says otherwise.
@@ -18,7 +20,8 @@ type Options struct {
 	Pods      int    `json:"pods"`       // pods on each node; zero is none, the command's default is 2
 	Uplink    string `json:"uplink"`     // OVERPLANE_UPLINK_MODE of the daemons; "auto"
 	PodPort   string `json:"pod_port"`   // OVERPLANE_POD_PORT of the daemons; "tap"
-	Workers   int    `json:"workers"`    // forwarding threads of a daemon and queues of its uplink; 1
+	Workers   int    `json:"workers"`    // forwarding threads of a daemon; 1
+	Queues    int    `json:"queues"`     // of the nodes' uplinks; as many as workers
 	MTU       int    `json:"mtu"`        // of the underlay; 1500
 	IPForward int    `json:"ip_forward"` // net.ipv4.ip_forward and net.ipv6.conf.all.forwarding in the nodes; 0
 	State     string `json:"state"`      // StateController, or StateFile: the lab writes the nodes' state files itself; "controller"
@@ -28,6 +31,8 @@ type Options struct {
 	Binaries string `json:"binaries"`
 	// Env are further OVERPLANE_* settings of every daemon, NAME=value.
 	Env []string `json:"env,omitempty"`
+	// Snat is how the nodes translate, with StateFile; nil is the defaults.
+	Snat *controlv1.SnatRules `json:"-"`
 	// Log, if set, is told what happens, one line a call.
 	Log func(format string, args ...any) `json:"-"`
 }
@@ -45,6 +50,7 @@ func (o *Options) resolve() error {
 	setDefault(&o.PodPort, "tap")
 	setDefault(&o.State, StateController)
 	setDefault(&o.Workers, 1)
+	setDefault(&o.Queues, o.Workers)
 	setDefault(&o.MTU, 1500)
 	if o.Log == nil {
 		o.Log = func(string, ...any) {}
@@ -74,6 +80,9 @@ func (o *Options) resolve() error {
 	}
 	if o.Workers < 1 || o.Workers > workersLimit {
 		bad("--workers %d: want 1 to %d", o.Workers, workersLimit)
+	}
+	if o.Queues < o.Workers || o.Queues > queuesLimit {
+		bad("--queues %d: want as many as workers, or up to %d", o.Queues, queuesLimit)
 	}
 	if o.MTU < minUnderlayMTU || o.MTU > maxUnderlayMTU {
 		bad("--mtu %d: want %d to %d", o.MTU, minUnderlayMTU, maxUnderlayMTU)

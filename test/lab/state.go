@@ -4,6 +4,8 @@ import (
 	"crypto/rand"
 	"fmt"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/overplane/overplane/control/api"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 )
@@ -34,6 +36,9 @@ func (l *Lab) State(n *Node) *controlv1.NodeState {
 			{Cidr: blockIPv6(n.Block).String()},
 		},
 		Snat: &controlv1.SnatRules{},
+	}
+	if l.Snat != nil {
+		s.Snat = proto.Clone(l.Snat).(*controlv1.SnatRules)
 	}
 	for _, m := range l.Nodes {
 		if m.Gone && m != n {

@@ -229,7 +229,7 @@ func buildNode(o *Options, gw, ns string, n int) error {
 	}
 	defer h.close()
 	port := nodeName(n)
-	if err := h.wire(port, ns, wireOptions{mtu: o.MTU, queues: o.Workers, mac: nodeMAC(n), bridge: bridgeName}); err != nil {
+	if err := h.wire(port, ns, wireOptions{mtu: o.MTU, queues: o.Queues, mac: nodeMAC(n), bridge: bridgeName}); err != nil {
 		return err
 	}
 	return configureEnd(ns,
