@@ -43,7 +43,13 @@ func (w *Worker) translate(in *slot, j *journey, chain []port.Frame) bool {
 	if v.Fragmented && !w.track(in, j, chain) {
 		return false
 	}
-	if v.Translation == TrackFragment {
+	switch v.Translation {
+	case TrackFragment:
+		return true
+	case MakePin:
+		if reason := t.Pin(p, w.accountedPod(p)); reason != drop.None {
+			v.Action, v.Reason, v.Error = Drop, reason, icmp.AdminProhibited
+		}
 		return true
 	}
 	if v.View.Action == snat.Create {
