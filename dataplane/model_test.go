@@ -228,6 +228,10 @@ func (m *model) onwards(in *PortInfo, b []byte, p *packet.Packet, largest int, d
 		var v snat.View
 		if m.t.Pinned(p, b, &v); v.Action == snat.ToHost {
 			d.Translation = TranslateOut
+			if in.Kind == PortUplink && m.lookup(p.Src.Netip()).Kind() == fib.Member {
+				d.Action = Return
+				return d
+			}
 			e = m.lookup(s.Node4.Netip())
 			if p.Kind == packet.KindIPv6 {
 				e = m.lookup(s.Node6.Netip())

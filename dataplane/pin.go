@@ -54,6 +54,10 @@ func decidePinned(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packe
 		}
 		return false
 	}
+	if in.Kind == PortUplink && s.FIB.Lookup(p.Src).Kind() == fib.Member {
+		v.Translation, v.Action = TranslateOut, Return // the kernel's way to another node is the uplink: strict reverse path filtering wants it from there
+		return true
+	}
 	host := s.hostRoute(p.Kind)
 	if host.Kind() != fib.Host {
 		v.Reason = drop.NATNoAddress

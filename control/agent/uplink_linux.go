@@ -36,7 +36,7 @@ func (s *steering) AttachHost(hostPort string) error {
 	if err != nil {
 		return fmt.Errorf("host port %s: %w", hostPort, err)
 	}
-	return s.Steering.AttachHost(xdp.TCConfig{Device: link.Index, Classifier: kernel.Classifier{}})
+	return s.Steering.AttachHost(xdp.TCConfig{Device: link.Index, Gateway: GatewayMAC, Classifier: kernel.Classifier{}})
 }
 
 func (s *steering) Apply(p SteeringPlan) error {

@@ -25,6 +25,30 @@ type model struct {
 	routed  bool
 
 	translation Translation
+	flows       []Flow
+}
+
+// extensions walks an IPv6 packet's extension headers, at most four. more: it ends too early.
+func extensions(ip []byte) (proto byte, l4 []byte, more bool) {
+	proto, l4 = ip[6], ip[40:]
+	for range 4 {
+		if proto != 0 && proto != 60 && proto != 51 {
+			break
+		}
+		if len(l4) < 8 {
+			return proto, nil, true
+		}
+		size := (int(l4[1]) + 1) * 8
+		if proto == 51 {
+			size = (int(l4[1]) + 2) * 4
+		}
+		if len(ip)-len(l4)+size > 40+256 {
+			return 0, nil, false
+		}
+		proto = l4[0]
+		l4 = l4[min(size, len(l4)):]
+	}
+	return proto, l4, false
 }
 
 // otherwise decides on a frame without pod addresses. It says "asked" for what may be ours or the host's.
@@ -46,13 +70,26 @@ func (m *model) otherwise(frame []byte) string {
 		if netip.AddrFrom16([16]byte(ip[24:])) != t.Node6 {
 			return "passed"
 		}
-		if ip[6] == 44 {
+		var more bool
+		if proto, l4, more = extensions(ip); more {
+			return "passed"
+		}
+		if proto == 44 {
 			return "asked"
 		}
-		proto, l4 = ip[6], ip[40:]
 	}
 	if len(l4) < 8 {
 		return "passed"
+	}
+	f := Flow{Proto: proto}
+	if f.Remote = netip.AddrFrom4([4]byte(ip[12:])); binary.BigEndian.Uint16(frame[12:]) == 0x86dd {
+		f.Remote = netip.AddrFrom16([16]byte(ip[8:]))
+	}
+	if proto == 132 {
+		f.RemotePort, f.NodePort = binary.BigEndian.Uint16(l4), binary.BigEndian.Uint16(l4[2:])
+	}
+	if slices.Contains([]byte{47, 50, 132}, proto) && slices.Contains(m.flows, f) {
+		return "redirected"
 	}
 	inRange := func(p uint16) bool { return p >= t.First && p <= t.Last }
 	port, id := binary.BigEndian.Uint16(l4[2:]), binary.BigEndian.Uint16(l4[4:])
@@ -106,7 +143,7 @@ func TestDecisionAgainstModel(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 
-	asked, ours := 0, 0
+	asked, ours, flows, extended := 0, 0, 0, 0
 	for round := range 40 {
 		if round == 20 { // the variant for kernels and drivers without multi-buffer
 			in(t, v.near, func() { require.NoError(t, s.steering.attachVariant(v.nearIndex, false, false)) })
@@ -120,6 +157,7 @@ func TestDecisionAgainstModel(t *testing.T) {
 		require.NoError(t, s.steering.SetMembers(members))
 		require.NoError(t, s.steering.SetGatewayMAC(m.gateway))
 		require.NoError(t, s.steering.SetTranslation(m.translation))
+		require.NoError(t, s.steering.SetFlows(m.flows))
 		require.NoError(t, s.steering.change(func(c *bpf.SteerSteerConfig) error {
 			if c.Flags &^= flagRouted; m.routed {
 				c.Flags |= flagRouted
@@ -135,6 +173,11 @@ func TestDecisionAgainstModel(t *testing.T) {
 			if verdict == "asked" {
 				verdict = "redirected"
 			}
+			if verdict == "redirected" && binary.BigEndian.Uint16(frame[12:]) == 0x86dd && m.otherwise(frame) != "passed" {
+				proto, _, _ := extensions(frame[14:])
+				flows += map[bool]int{true: 1}[proto == 132 || proto == 47 || proto == 50]
+				extended += map[bool]int{true: 1}[proto != frame[20]]
+			}
 			ours += map[bool]int{true: 1}[verdict == "redirected" && m.otherwise(frame) == "redirected"]
 			want[verdict]++
 			action, err := s.steering.prog.Run(&ebpf.RunOptions{Data: frame})
@@ -147,6 +190,8 @@ func TestDecisionAgainstModel(t *testing.T) {
 	}
 	require.Greater(t, asked, 50)
 	require.Greater(t, ours, 50)
+	require.Greater(t, flows, 20)
+	require.Greater(t, extended, 20)
 }
 
 func randomMAC(rng *rand.Rand) (mac [6]byte) {
@@ -167,6 +212,16 @@ func randomModel(rng *rand.Rand, uplink [6]byte) *model {
 		for range rng.IntN(50) {
 			m.translation.HostTCP = append(m.translation.HostTCP, m.translation.First+uint16(rng.IntN(20)))
 			m.translation.HostUDP = append(m.translation.HostUDP, m.translation.First+uint16(rng.IntN(20)))
+		}
+		for i := range 12 {
+			f := Flow{Proto: []uint8{47, 50, 132}[i%3], Remote: netip.AddrFrom4([4]byte{198, 51, 100, byte(rng.IntN(4))})}
+			if i%2 == 0 {
+				f.Remote = netip.AddrFrom16([16]byte{0x20, 1, 15: byte(rng.IntN(4))})
+			}
+			if f.Proto == 132 {
+				f.RemotePort, f.NodePort = m.translation.First+uint16(rng.IntN(4)), m.translation.First+uint16(rng.IntN(4))
+			}
+			m.flows = append(m.flows, f)
 		}
 	}
 	for range rng.IntN(5) {
@@ -197,7 +252,7 @@ func randomModel(rng *rand.Rand, uplink [6]byte) *model {
 
 // randomFrame is often close to the model's borders.
 func (m *model) randomFrame(rng *rand.Rand) []byte {
-	b := make([]byte, 14+rng.IntN(80))
+	b := make([]byte, 14+rng.IntN(80)+rng.IntN(2)*rng.IntN(300))
 	for i := range b {
 		b[i] = byte(rng.Uint32())
 	}
@@ -247,7 +302,8 @@ func (m *model) randomFrame(rng *rand.Rand) []byte {
 		at := 34
 		if binary.BigEndian.Uint16(b[12:]) == 0x0800 {
 			copy(b[30:], m.translation.Node4.AsSlice())
-			b[23] = []byte{1, 6, 17, 58, 132}[rng.IntN(5)]
+			copy(b[26:], []byte{198, 51, 100, byte(rng.IntN(4))})
+			b[23] = []byte{1, 6, 17, 58, 132, 47, 50}[rng.IntN(7)]
 			if b[14] = 0x45 + byte(rng.IntN(3)); rng.IntN(8) == 0 {
 				b[14] = byte(rng.Uint32())
 			}
@@ -257,12 +313,29 @@ func (m *model) randomFrame(rng *rand.Rand) []byte {
 			}
 		} else {
 			copy(b[38:], m.translation.Node6.AsSlice())
-			b[20] = []byte{1, 6, 17, 44, 58, 0}[rng.IntN(6)]
+			copy(b[22:], []byte{0x20, 1, 15: byte(rng.IntN(4))})
+			b[20] = []byte{1, 6, 17, 44, 58, 132, 47, 50}[rng.IntN(8)]
 			at = 54
+			next := 20 // where the next header's number goes
+			for range rng.IntN(6) {
+				b[next], b[at] = []byte{0, 60, 51, 43}[rng.IntN(4)&(rng.IntN(8)|2)], b[next]
+				next = at
+				if b[at+1] = byte(rng.IntN(3)); rng.IntN(16) == 0 {
+					b[at+1] = byte(rng.Uint32())
+				}
+				size := (int(b[at+1]) + 1) * 8
+				if at += size; at+10 > len(b) {
+					break
+				}
+			}
 		}
 		if at+8 <= len(b) {
 			b[at] = []byte{0, 1, 3, 4, 5, 8, 11, 128, 129}[rng.IntN(9)]
 			port := m.translation.First + uint16(rng.IntN(24)) - 2
+			if rng.IntN(2) == 0 {
+				port = m.translation.First + uint16(rng.IntN(4))
+				binary.BigEndian.PutUint16(b[at:], m.translation.First+uint16(rng.IntN(4)))
+			}
 			binary.BigEndian.PutUint16(b[at+2:], port)
 			binary.BigEndian.PutUint16(b[at+4:], port)
 		}
