@@ -282,14 +282,16 @@ func (s *Snapshot) ethernetAddress(in *PortInfo) packet.MAC {
 }
 
 // sourceAllowed says what is wrong with the packet's source, if anything. Pods may send only from their own addresses, the host only from its
-// own unless it is a service's flow, and other nodes only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path).
+// own unless it is a service's flow, and others by the uplink only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path): other nodes,
+// and who outside the cluster sees pods' own addresses.
 func sourceAllowed(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet) drop.Reason {
 	switch in.Kind {
 	case PortPod: // Decide has compared the addresses
 		return drop.SourceNotPods
 	case PortUplink:
 		back := s.FIB.Lookup(p.Src)
-		if k := back.Kind(); (k == fib.Node || k == fib.Member) && s.FIB.Adjacency(back.Adjacency()).Dst == p.EthSrc {
+		if k := back.Kind(); (k == fib.Node || k == fib.Member || k == fib.Outside && (s.NoSNAT || !s.SNAT.Translate(p.Src))) &&
+			s.FIB.Adjacency(back.Adjacency()).Dst == p.EthSrc {
 			return drop.None
 		}
 		return drop.SourceNotMember

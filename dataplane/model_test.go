@@ -119,7 +119,8 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) D
 		}
 	case PortUplink:
 		e := m.lookup(src)
-		if k := e.Kind(); k != fib.Node && k != fib.Member || s.FIB.Adjacency(e.Adjacency()).Dst != packet.MAC(b[6:12]) {
+		sees := e.Kind() == fib.Outside && (s.NoSNAT || s.SNAT != nil && !s.SNAT.Translate(p.Src))
+		if k := e.Kind(); k != fib.Node && k != fib.Member && !sees || s.FIB.Adjacency(e.Adjacency()).Dst != packet.MAC(b[6:12]) {
 			if src.IsLinkLocalUnicast() {
 				return local()
 			}
@@ -306,7 +307,7 @@ func pairs(t testing.TB, add func([]byte)) {
 					continue
 				}
 				for _, to := range []packet.MAC{gatewayMAC, uplinkMAC} {
-					for _, from := range []packet.MAC{podMACs[0], node2MAC} {
+					for _, from := range []packet.MAC{podMACs[0], node2MAC, routerMAC} {
 						add(udp(src, dst, from, to, 30).bytes(t))
 						add(udp(src, dst, from, to, 1600).bytes(t))
 					}
@@ -337,9 +338,11 @@ func decideMatches(t testing.TB, m *model, slot int, extra uint16, b []byte) {
 
 func TestDecideMatchesModel(t *testing.T) {
 	n := newNode(t)
-	for _, noSNAT := range []bool{false, true} {
+	for i, noSNAT := range []bool{false, true, false} {
 		s := n.snapshot()
-		s.NoSNAT = noSNAT
+		if s.NoSNAT = noSNAT; i == 2 {
+			s.SNAT = snat.NewRules(snat.RulesConfig{NoMasquerade: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8::/32")}})
+		}
 		m := newModel(s)
 		each := func(b []byte) {
 			for slot := range s.Ports {

@@ -23,6 +23,7 @@ type model struct {
 	uplink  [6]byte
 	gateway [6]byte
 	routed  bool
+	outside bool
 
 	translation Translation
 	flows       []Flow
@@ -124,6 +125,7 @@ func (m *model) decide(frame []byte) string {
 	switch from := [6]byte(frame[6:]); {
 	case !srcIsPod && !dstIsPod:
 		return m.otherwise(frame)
+	case m.outside && !srcIsPod && from == m.gateway:
 	case m.routed && (from != m.gateway || !srcIsPod), !m.routed && !m.members[from]:
 		return "dropped_not_member"
 	}
@@ -157,13 +159,14 @@ func TestDecisionAgainstModel(t *testing.T) {
 		require.NoError(t, s.steering.SetMembers(members))
 		require.NoError(t, s.steering.SetGatewayMAC(m.gateway))
 		require.NoError(t, s.steering.SetTranslation(m.translation))
-		require.NoError(t, s.steering.SetFlows(m.flows))
+		setFlows(t, s.steering, m.flows)
 		require.NoError(t, s.steering.change(func(c *bpf.SteerSteerConfig) error {
 			if c.Flags &^= flagRouted; m.routed {
 				c.Flags |= flagRouted
 			}
 			return nil
 		}))
+		require.NoError(t, s.steering.SetOutside(m.outside))
 		before := s.counters(t)
 		want := map[string]uint64{}
 		for range 500 {
@@ -194,6 +197,25 @@ func TestDecisionAgainstModel(t *testing.T) {
 	require.Greater(t, extended, 20)
 }
 
+// setFlows makes the flows those.
+func setFlows(t *testing.T, s *Steering, flows []Flow) {
+	t.Helper()
+	old, err := s.Flows()
+	require.NoError(t, err)
+	for _, f := range old {
+		require.NoError(t, s.RemoveFlow(f))
+	}
+	for _, f := range flows {
+		require.NoError(t, s.AddFlow(f))
+	}
+	got, err := s.Flows()
+	require.NoError(t, err)
+	for _, f := range flows {
+		require.Contains(t, got, f)
+	}
+	require.NoError(t, s.RemoveFlow(Flow{Proto: 132, Remote: netip.MustParseAddr("192.0.2.1")}), "one that is not there")
+}
+
 func randomMAC(rng *rand.Rand) (mac [6]byte) {
 	binary.BigEndian.PutUint32(mac[:], rng.Uint32()&^0x01000000)
 	mac[5] = byte(rng.Uint32())
@@ -201,7 +223,7 @@ func randomMAC(rng *rand.Rand) (mac [6]byte) {
 }
 
 func randomModel(rng *rand.Rand, uplink [6]byte) *model {
-	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0}
+	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0, outside: rng.IntN(2) == 0}
 	if rng.IntN(4) > 0 {
 		var a [16]byte
 		for i := range a {

@@ -207,7 +207,7 @@ func (s *Steering) configure(cfg SteeringConfig, mac [6]byte) error {
 	}
 	s.cfg.HeartbeatLimitNs = uint64(max(limit, 0))
 	s.cfg.Workers = uint32(cfg.Workers)
-	s.cfg.Flags &= flagTranslate
+	s.cfg.Flags &= flagTranslate | flagOutside
 	if cfg.Routed {
 		s.cfg.Flags |= flagRouted
 	}

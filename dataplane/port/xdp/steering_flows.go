@@ -56,28 +56,30 @@ func (s *Steering) RemoveFlow(f Flow) error {
 	return nil
 }
 
-// SetFlows makes the flows exactly those. What is added or removed meanwhile may be lost: no worker may run.
-func (s *Steering) SetFlows(flows []Flow) error {
-	want := make(map[bpf.SteerSteerFlow]bool, len(flows))
-	var errs []error
-	for i := range flows {
-		want[flows[i].key()] = true
-		errs = append(errs, s.AddFlow(flows[i]))
-	}
-	var gone []bpf.SteerSteerFlow
-	var key bpf.SteerSteerFlow
+// Flows lists the flows, also those that an earlier process added. While workers add some it may miss those.
+func (s *Steering) Flows() (out []Flow, err error) {
+	var k bpf.SteerSteerFlow
 	var value uint32
 	it := s.flows.Iterate()
-	for it.Next(&key, &value) {
-		if !want[key] {
-			gone = append(gone, key)
-		}
+	for it.Next(&k, &value) {
+		out = append(out, flowOf(&k))
 	}
-	errs = append(errs, it.Err())
-	for i := range gone {
-		if err := s.flows.Delete(&gone[i]); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("xdp: steering: removing a flow: %w", err))
-		}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("xdp: steering: reading the flows: %w", err)
 	}
-	return errors.Join(errs...)
+	return out, nil
+}
+
+func flowOf(k *bpf.SteerSteerFlow) Flow {
+	var a [16]byte
+	binary.NativeEndian.PutUint64(a[:], k.Remote[0])
+	binary.NativeEndian.PutUint64(a[8:], k.Remote[1])
+	var p [4]byte
+	binary.NativeEndian.PutUint16(p[:], k.RemotePort)
+	binary.NativeEndian.PutUint16(p[2:], k.NodePort)
+	f := Flow{Proto: k.Proto, Remote: netip.AddrFrom16(a), RemotePort: binary.BigEndian.Uint16(p[:]), NodePort: binary.BigEndian.Uint16(p[2:])}
+	if k.Family == 4 {
+		f.Remote = netip.AddrFrom4([4]byte(a[:]))
+	}
+	return f
 }

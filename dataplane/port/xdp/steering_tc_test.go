@@ -83,8 +83,10 @@ func TestTCDecisionAgainstModel(t *testing.T) {
 		for round := range 20 {
 			m := randomModel(rng, j.nearMAC)
 			m.routed = false
+			require.NoError(t, s.SetGatewayMAC(m.gateway))
+			require.NoError(t, s.SetOutside(m.outside))
 			require.NoError(t, s.SetTranslation(m.translation))
-			require.NoError(t, s.SetFlows(m.flows))
+			setFlows(t, s, m.flows)
 			require.NoError(t, s.SetPodCIDRs(m.cidrs))
 			var members [][6]byte
 			for mac := range m.members {

@@ -36,6 +36,7 @@
 #define STEER_PORT_WORDS (65536 / 64) /* of one protocol's bitmap of ports */
 
 #define STEER_FLAG_ROUTED 1	  /* the gateway is the only Ethernet neighbour that may send us pods' packets */
+#define STEER_FLAG_OUTSIDE 4	  /* the gateway may send pods packets from addresses that are no pods' */
 #define STEER_FLAG_TRANSLATE 2	  /* packets for node4 and node6 may be replies to translated ones */
 
 #define STEER_MAX_FLOWS 65536	  /* translated flows of protocols without ports of ours */
@@ -338,6 +339,9 @@ static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *
 	if (!src_is_pod && !dst_is_pod)
 		return otherwise;
 
+	/* What outside sees pods' own addresses answers to them; the data plane knows who that is. */
+	if ((cfg->flags & STEER_FLAG_OUTSIDE) && !src_is_pod && steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))
+		return STEER_REDIRECTED;
 	if (cfg->flags & STEER_FLAG_ROUTED) {
 		if (!src_is_pod || !steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))
 			return STEER_DROPPED_NOT_MEMBER;
