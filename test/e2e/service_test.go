@@ -203,7 +203,7 @@ func withServices(t *testing.T, l *lab.Lab) {
 func TestServicesOfTheKernel(t *testing.T) {
 	for _, o := range []lab.Options{{Uplink: "xdp-copy"}, {Uplink: "xdp-copy", Workers: 2}, {Uplink: "tun"}, {Uplink: "tun", Workers: 2}} {
 		t.Run(fmt.Sprintf("%s/workers=%d", o.Uplink, max(1, o.Workers)), func(t *testing.T) {
-			o.Name, o.Nodes, o.Pods, o.IPForward = "ovptsvc", 2, 2, 1
+			o.Nodes, o.Pods, o.IPForward = 2, 2, 1
 			l := newLab(t, o)
 			withServices(t, l)
 			n1, n2 := l.Nodes[0], l.Nodes[1]

@@ -50,7 +50,7 @@ func otherMessage(proto, from, to int, number byte) []byte {
 func TestProtocolsWithoutTranslatedPorts(t *testing.T) {
 	for _, o := range []lab.Options{{Uplink: "xdp-copy"}, {Uplink: "xdp-copy", Workers: 2}, {Uplink: "tun"}} {
 		t.Run(fmt.Sprintf("%s/workers=%d", o.Uplink, max(1, o.Workers)), func(t *testing.T) {
-			o.Name, o.Nodes, o.Pods = "ovptoth", 1, 2
+			o.Nodes, o.Pods = 1, 2
 			l := newLab(t, o)
 			n1, ext := l.Nodes[0], l.ExtEnd()
 			eachFamily(t, func(t *testing.T, family int) {
@@ -109,7 +109,7 @@ func TestProtocolsWithoutTranslatedPorts(t *testing.T) {
 func TestRepliesWithExtensionHeaders(t *testing.T) {
 	for _, uplink := range []string{"xdp-copy", "tun"} {
 		t.Run(uplink, func(t *testing.T) {
-			l := newLab(t, lab.Options{Name: "ovptoth", Nodes: 1, Pods: 1, Uplink: uplink})
+			l := newLab(t, lab.Options{Nodes: 1, Pods: 1, Uplink: uplink})
 			pod, ext := l.Nodes[0].Pods[0].End(), l.ExtEnd()
 			far, err := lab.ListenUDP(ext, 6)
 			require.NoError(t, err)
@@ -163,7 +163,7 @@ func awaitSNAT(t *testing.T, n *lab.Node, ok func(*controlv1.GetSnatResponse) bo
 func TestUntranslatedDestinations(t *testing.T) {
 	for _, uplink := range []string{"xdp-copy", "tun"} {
 		t.Run(uplink, func(t *testing.T) {
-			l := newLab(t, lab.Options{Name: "ovptpln", Nodes: 1, Pods: 1, Uplink: uplink})
+			l := newLab(t, lab.Options{Nodes: 1, Pods: 1, Uplink: uplink})
 			n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0].End(), l.ExtEnd()
 			for _, r := range []struct{ pods, node, gateway string }{{"10.244.0.0/16", n1.IPv4().String(), "198.51.100.1"}, {"fd12:3456:789a::/64", n1.IPv6().String(), "2001:db8:100::1"}} {
 				require.NoError(t, lab.AddRoute(l.Gateway(), netip.MustParsePrefix(r.pods), "br0", netip.MustParseAddr(r.node)))
@@ -228,7 +228,7 @@ func TestUntranslatedDestinations(t *testing.T) {
 
 // When the node's address changes, its sessions end, which is said, and new ones have the new address.
 func TestNodeAddressChangeEndsSessions(t *testing.T) {
-	l := newLab(t, lab.Options{Name: "ovptaddr", Nodes: 1, Pods: 1})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0].End(), l.ExtEnd()
 	for _, family := range families {
 		backend(t, ext, family, backendPort)
