@@ -36,6 +36,9 @@ type WorkerConfig struct {
 	// Translator translates what leaves the cluster; the worker is its owner from Start (or the first Poll) on, tells it the node's addresses and the pods, and does not close it.
 	// nil: pods' packets for the outside are dropped.
 	Translator *snat.Translator
+	// Flows, if not nil, is told of translated flows of protocols without translated ports, on the worker's thread, before a flow's first packet is sent: it must not block.
+	// lost: some ended of which it was not told. events is valid during the call only.
+	Flows func(events []snat.FlowEvent, lost bool)
 }
 
 // Config configures a data plane.
@@ -77,7 +80,7 @@ func New(cfg Config) (*Dataplane, error) {
 		w := &Worker{
 			index: i, cpu: wc.CPU, of: len(cfg.Workers), pool: wc.Pool, log: d.log.With("worker", i),
 			published: &d.snapshot, heartbeat: wc.Heartbeat, clock: clock{start: start, base: ts.Nano()},
-			limiter: icmp.NewLimiter(icmp.Limits{}), translator: wc.Translator,
+			limiter: icmp.NewLimiter(icmp.Limits{}), translator: wc.Translator, tellFlows: wc.Flows,
 		}
 		if w.translator != nil {
 			w.waiting.init(w.translator.Config().HeldFragments)

@@ -12,6 +12,9 @@ import (
 func (w *Worker) sendError(v *Verdict, p *packet.Packet, in *PortInfo, f *port.Frame) {
 	s := w.snap
 	back := s.FIB.Lookup(p.Src)
+	if in.Kind == PortHost { // also about what the kernel sent for others: it knows whom to tell
+		back = s.hostRoute(p.Kind)
+	}
 	switch back.Kind() {
 	case fib.Pod, fib.Node, fib.Member, fib.Host:
 	case fib.Outside: // about a packet that was for a pod by the node's address

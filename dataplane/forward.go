@@ -139,6 +139,7 @@ const (
 	TranslateIn                  // the destination becomes the pod's, by Verdict.View
 	TranslateHairpin             // both: from a pod to another by the node's address. Where it leads is known only afterwards
 	TrackFragment                // neither, but others of its datagram will ask
+	MakePin                      // neither, but replies go back to the node's kernel, which translated the packet: pin.go
 )
 
 // Verdict is the decision on one packet, and what translation said on the way to it.
@@ -186,12 +187,16 @@ func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, fra
 	}
 
 	if v.Translation != TranslateIn && (in.Kind != PortPod || p.Src != in.Addr4 && p.Src != in.Addr6) {
-		if v.Reason = sourceAllowed(s, in, p); v.Reason != drop.None {
+		if v.Reason = sourceAllowed(s, t, in, p); v.Reason != drop.None {
 			if linkLocal(p.Src) {
 				decideLink(s, in, p, v)
 			}
 			return
 		}
+	}
+
+	if t != nil && in.Kind != PortHost && v.Translation == NoTranslation && t.MayBePinned(p, frame) && decidePinned(s, t, in, p, frame, size, v) {
+		return
 	}
 
 	route := s.FIB.Lookup(dst)
@@ -208,16 +213,16 @@ func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, fra
 			return
 		}
 		if in.Kind == PortPod && t != nil && s.isNode(dst) {
-			if decideHairpin(t, in, p, frame, v); v.Translation != NoTranslation || v.Reason != drop.None || v.Action != Drop {
+			if decideHairpin(t, in, p, frame, v); v.Translation == TranslateHairpin || v.Reason != drop.None || v.Action != Drop {
 				return
 			}
 		}
 	case fib.Member:
-		if in.Kind != PortPod {
+		if in.Kind == PortUplink || in.Kind == PortHost && s.FIB.Lookup(p.Src).Kind() != fib.Pod {
 			v.Reason = drop.DestinationNotOurs
 			return
 		}
-		if t != nil && !s.NoSNAT && s.SNAT.Translate(dst) {
+		if t != nil && in.Kind == PortPod && !s.NoSNAT && s.SNAT.Translate(dst) {
 			if decideOutbound(s, t, in, p, frame, v); v.Reason != drop.None || v.Action != Drop {
 				return
 			}
@@ -240,19 +245,29 @@ func Decide(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet, fra
 		v.Decrement = true
 	}
 
-	v.Adjacency = route.Adjacency()
+	if v.Adjacency = route.Adjacency(); !decideSize(s, p, size, v) {
+		return
+	}
+	if !policyAllows(s, in, p) {
+		v.Action, v.Reason, v.Error = Drop, drop.PolicyDenied, icmp.AdminProhibited
+		return
+	}
+	if in.Kind == PortHost && t != nil && needsPin(s, t, p) && decideOwner(t, t.OwnerPin(p), v) {
+		v.Translation = MakePin
+	}
+}
+
+// decideSize lets a packet go by Verdict.Adjacency, in fragments if need be, and reports whether it may.
+func decideSize(s *Snapshot, p *packet.Packet, size uint32, v *Verdict) bool {
 	v.Action = Forward
 	if mtu := s.FIB.Adjacency(v.Adjacency).MTU; size > uint32(mtu) {
 		if p.Flags&packet.FlagDF != 0 || size != p.Length { // a GSO frame's sender chose the size of its segments and knows how to choose another
 			v.Action, v.Reason, v.Error, v.MTU = Drop, drop.TooBig, icmp.PacketTooBig, mtu
-			return
+			return false
 		}
 		v.Action = Fragment
 	}
-
-	if !policyAllows(s, in, p) {
-		v.Action, v.Reason, v.Error = Drop, drop.PolicyDenied, icmp.AdminProhibited
-	}
+	return true
 }
 
 // isNode reports whether the address is one of those that pods' packets leave the cluster with.
@@ -267,19 +282,21 @@ func (s *Snapshot) ethernetAddress(in *PortInfo) packet.MAC {
 }
 
 // sourceAllowed says what is wrong with the packet's source, if anything. Pods may send only from their own addresses, the host only from its
-// own, and other nodes only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path).
-func sourceAllowed(s *Snapshot, in *PortInfo, p *packet.Packet) drop.Reason {
+// own unless it is a service's flow, and others by the uplink only what the route back to them would return to the same Ethernet address (RFC 3704, strict reverse path): other nodes,
+// and who outside the cluster sees pods' own addresses.
+func sourceAllowed(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Packet) drop.Reason {
 	switch in.Kind {
 	case PortPod: // Decide has compared the addresses
 		return drop.SourceNotPods
 	case PortUplink:
 		back := s.FIB.Lookup(p.Src)
-		if k := back.Kind(); (k == fib.Node || k == fib.Member) && s.FIB.Adjacency(back.Adjacency()).Dst == p.EthSrc {
+		if k := back.Kind(); (k == fib.Node || k == fib.Member || k == fib.Outside && (s.NoSNAT || !s.SNAT.Translate(p.Src))) &&
+			s.FIB.Adjacency(back.Adjacency()).Dst == p.EthSrc {
 			return drop.None
 		}
 		return drop.SourceNotMember
 	default:
-		if s.FIB.Lookup(p.Src).Kind() == fib.Host {
+		if s.FIB.Lookup(p.Src).Kind() == fib.Host || t != nil && serviceFlow(s, p) {
 			return drop.None
 		}
 		return drop.SourceNotHosts
@@ -323,7 +340,7 @@ func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Pac
 		if v.View.Unreachable {
 			v.Error = icmp.AdminProhibited
 		}
-	default: // a pinned flow's reply; nothing makes pins yet
+	default: // a pinned flow's reply, which Decide has asked about before
 		v.Reason = drop.NATNoSession
 	}
 }
@@ -331,6 +348,9 @@ func decideOutbound(s *Snapshot, t *snat.Translator, in *PortInfo, p *packet.Pac
 // decideInbound decides on a packet from the uplink for the node's own address: to a pod if a session says so, to the kernel if it is none of ours. It leaves Reason and
 // Action alone if the packet is translated, or comes from another node's pod and goes on as any of those.
 func decideInbound(s *Snapshot, t *snat.Translator, p *packet.Packet, frame []byte, v *Verdict) {
+	if t.MayBePinned(p, frame) && s.fromCluster(p) {
+		return // to the kernel, pinned or not: Decide asks
+	}
 	if p.Flags&packet.FlagFragment != 0 && !s.fromCluster(p) && !decideFragment(t, snat.NoPod, p, v) {
 		if v.Action == Drop { // too many are under way: it may be the kernel's, which has limits of its own
 			v.Action, v.Reason = Return, drop.None

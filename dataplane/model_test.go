@@ -110,7 +110,8 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) D
 			return died(drop.SourceNotPods, icmp.None)
 		}
 	case PortHost:
-		if m.lookup(src).Kind() != fib.Host {
+		service := m.t != nil && !src.IsLinkLocalUnicast() && (m.lookup(src).Kind() == fib.Pod || m.lookup(dst).Kind() == fib.Pod)
+		if m.lookup(src).Kind() != fib.Host && !service {
 			if src.IsLinkLocalUnicast() {
 				return local()
 			}
@@ -118,7 +119,8 @@ func (m *model) verdict(in *PortInfo, b []byte, p *packet.Packet, largest int) D
 		}
 	case PortUplink:
 		e := m.lookup(src)
-		if k := e.Kind(); k != fib.Node && k != fib.Member || s.FIB.Adjacency(e.Adjacency()).Dst != packet.MAC(b[6:12]) {
+		sees := e.Kind() == fib.Outside && (s.NoSNAT || s.SNAT != nil && !s.SNAT.Translate(p.Src))
+		if k := e.Kind(); k != fib.Node && k != fib.Member && !sees || s.FIB.Adjacency(e.Adjacency()).Dst != packet.MAC(b[6:12]) {
 			if src.IsLinkLocalUnicast() {
 				return local()
 			}
@@ -147,6 +149,9 @@ func (m *model) inside(b []byte, p packet.Packet) netip.Addr {
 // inbound judges what is for the node's address. done: that is all.
 func (m *model) inbound(b []byte, p packet.Packet) (d Decision, done bool) {
 	cluster := m.lookup(p.Src.Netip()).Kind() == fib.Node
+	if cluster && m.t.MayBePinned(&p, b) {
+		return d, false
+	}
 	if p.Flags&packet.FlagFragment != 0 && !cluster {
 		var f snat.FragmentView
 		switch m.t.Fragment(&p, snat.NoPod, &f); f.Action {
@@ -206,8 +211,36 @@ func (m *model) onwards(in *PortInfo, b []byte, p *packet.Packet, largest int, d
 		return d
 	}
 	e := m.lookup(dst)
+	if m.t != nil && in.Kind != PortHost && d.Translation == NoTranslation {
+		if p := *p; p.Flags&packet.FlagFragment != 0 && m.t.MayBePinned(&p, b) {
+			pod := snat.NoPod
+			if in.Kind == PortPod {
+				pod = in.Pod
+			}
+			var f snat.FragmentView
+			switch m.t.Fragment(&p, pod, &f); f.Action {
+			case snat.FragmentHold:
+				return Decision{Action: Wait, Translation: TrackFragment, Fragmented: true}
+			case snat.FragmentRefuse:
+				return Decision{Reason: f.Reason}
+			}
+			d.Fragmented, d.Translation = true, TrackFragment
+		}
+		var v snat.View
+		if m.t.Pinned(p, b, &v); v.Action == snat.ToHost {
+			d.Translation = TranslateOut
+			if in.Kind == PortUplink && m.lookup(p.Src.Netip()).Kind() == fib.Member {
+				d.Action = Return
+				return d
+			}
+			e = m.lookup(s.Node4.Netip())
+			if p.Kind == packet.KindIPv6 {
+				e = m.lookup(s.Node6.Netip())
+			}
+		}
+	}
 	k := e.Kind()
-	if m.t != nil && in.Kind == PortPod {
+	if m.t != nil && in.Kind == PortPod && d.Translation != TranslateOut {
 		switch {
 		case k == fib.Host && (dst == s.Node4.Netip() || dst == s.Node6.Netip()) && p.Flags&packet.FlagFragment == 0:
 			external := (p.Proto == 6 || p.Proto == 17) && p.DstPort >= 10000 && p.DstPort < 30000
@@ -230,7 +263,7 @@ func (m *model) onwards(in *PortInfo, b []byte, p *packet.Packet, largest int, d
 		return died(drop.Unreachable, icmp.HostUnreachable)
 	case k == fib.Node && in.Kind == PortUplink:
 		return died(drop.HairpinUplink, icmp.None)
-	case k == fib.Host && in.Kind == PortHost, k == fib.Member && in.Kind != PortPod:
+	case k == fib.Host && in.Kind == PortHost, k == fib.Member && in.Kind != PortPod && (in.Kind != PortHost || m.lookup(p.Src.Netip()).Kind() != fib.Pod):
 		return died(drop.DestinationNotOurs, icmp.None)
 	case k == fib.Outside && dst.IsLinkLocalUnicast():
 		return m.local(in, b, p)
@@ -256,6 +289,12 @@ func (m *model) onwards(in *PortInfo, b []byte, p *packet.Packet, largest int, d
 		}
 		v.Action = Fragment
 	}
+	from := p.Src.Netip()
+	own := from == s.Node4.Netip() || from == s.Node6.Netip()
+	ported := (p.Proto == 6 || p.Proto == 17) && p.SrcPort >= 10000 && p.SrcPort < 30000
+	if in.Kind == PortHost && m.t != nil && (p.Flags&packet.FlagFragment == 0 || p.Flags&packet.FlagFirst != 0) && (own && ported || !own && m.lookup(from).Kind() != fib.Host) {
+		v.Translation = MakePin
+	}
 	return v
 }
 
@@ -268,7 +307,7 @@ func pairs(t testing.TB, add func([]byte)) {
 					continue
 				}
 				for _, to := range []packet.MAC{gatewayMAC, uplinkMAC} {
-					for _, from := range []packet.MAC{podMACs[0], node2MAC} {
+					for _, from := range []packet.MAC{podMACs[0], node2MAC, routerMAC} {
 						add(udp(src, dst, from, to, 30).bytes(t))
 						add(udp(src, dst, from, to, 1600).bytes(t))
 					}
@@ -299,9 +338,11 @@ func decideMatches(t testing.TB, m *model, slot int, extra uint16, b []byte) {
 
 func TestDecideMatchesModel(t *testing.T) {
 	n := newNode(t)
-	for _, noSNAT := range []bool{false, true} {
+	for i, noSNAT := range []bool{false, true, false} {
 		s := n.snapshot()
-		s.NoSNAT = noSNAT
+		if s.NoSNAT = noSNAT; i == 2 {
+			s.SNAT = snat.NewRules(snat.RulesConfig{NoMasquerade: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8::/32")}})
+		}
 		m := newModel(s)
 		each := func(b []byte) {
 			for slot := range s.Ports {

@@ -43,7 +43,13 @@ func (w *Worker) translate(in *slot, j *journey, chain []port.Frame) bool {
 	if v.Fragmented && !w.track(in, j, chain) {
 		return false
 	}
-	if v.Translation == TrackFragment {
+	switch v.Translation {
+	case TrackFragment:
+		return true
+	case MakePin:
+		if reason := t.Pin(p, w.accountedPod(p)); reason != drop.None {
+			v.Action, v.Reason, v.Error = Drop, reason, icmp.AdminProhibited
+		}
 		return true
 	}
 	if v.View.Action == snat.Create {
@@ -54,6 +60,7 @@ func (w *Worker) translate(in *slot, j *journey, chain []port.Frame) bool {
 			}
 			return true
 		}
+		w.reportFlows()
 	}
 	frame := w.pool.Bytes(&chain[0])
 	o := snat.Offload{Unfinished: chain[0].Offload.Flags&port.NeedsChecksum != 0, Segments: j.segments}
@@ -167,6 +174,13 @@ func (w *Worker) forwardReleased() {
 	}
 }
 
+// reportFlows tells of flows of protocols without translated ports that began or ended.
+func (w *Worker) reportFlows() {
+	if w.tellFlows != nil && w.translator.HasEvents() {
+		w.tellFlows(w.translator.Events())
+	}
+}
+
 // expireSessions does what time and the last snapshot bring to the translator.
 func (w *Worker) expireSessions() {
 	t := w.translator
@@ -181,6 +195,7 @@ func (w *Worker) expireSessions() {
 	if w.unsettled {
 		w.settlePods()
 	}
+	w.reportFlows()
 }
 
 // settlePods tells the translator which pods there are. The index of a pod that left is free when the last of its sessions has ended.

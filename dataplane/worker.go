@@ -62,7 +62,8 @@ type Worker struct {
 
 	translator *snat.Translator      // nil: none
 	asked      [batch]*packet.Packet // of prefetch
-	unsettled  bool                  // the translator does not know all the snapshot's pods yet
+	tellFlows  func(events []snat.FlowEvent, lost bool)
+	unsettled  bool // the translator does not know all the snapshot's pods yet
 	waiting    waitingFragments
 	released   []waitingFragment // fragments that waited and go on after the batch
 

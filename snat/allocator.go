@@ -65,7 +65,8 @@ type Allocator struct {
 	owners [NumClasses][]atomic.Uint32 // 0: free; else (worker+1) << 16 | pod
 	host   [256][]atomic.Uint32        // by protocol: bitmap of ports bound by the node's sockets; nil for those that have none
 	hostV  atomic.Uint32               // counts changes of host
-	short  atomic.Uint32               // last tick in which somebody was refused: unused chunks are to be returned at once
+	pins   pinFilter
+	short  atomic.Uint32 // last tick in which somebody was refused: unused chunks are to be returned at once
 
 	mu     sync.Mutex
 	rand   *rand.ChaCha8
@@ -113,6 +114,8 @@ func NewAllocator(cfg AllocatorConfig) (*Allocator, error) {
 	}
 	a := &Allocator{cfg: cfg, shift: uint(bits.Len(uint(size)) - 1), rand: newRand(), users: make([]int, cfg.MaxPods)}
 	a.chunks = ports >> a.shift
+	seeds := newSeeds()
+	a.pins.seed = [2]uint64(seeds[:2])
 	for c := range NumClasses {
 		a.owners[c] = make([]atomic.Uint32, a.chunks)
 		a.rest[c] = make([]uint32, a.chunks)

@@ -166,45 +166,6 @@ func (t *Translator) dropParent(tb *table, n uint32) {
 	}
 }
 
-// Pin notes that a packet from the host port, whose source is not the node's own, wants its replies back at the host port, and keeps alive
-// the pin there is. pod is the index of the pod that the flow is accounted to, or NoPod. A pin needs no port. The reason, if any, is
-// that of the pod's or the table's limit. Protocols without ports get no pin and no reason.
-func (t *Translator) Pin(p *packet.Packet, pod int) drop.Reason {
-	tb, _ := t.tableOf(p.Kind)
-	k, ok := pinKey(p, p.Dst, p.Src, p.DstPort, p.SrcPort)
-	if !ok {
-		return drop.None
-	}
-	if pod < 0 || pod >= len(t.pods)-1 || !t.pods[pod].attached {
-		pod = len(t.pods) - 1
-	}
-	n := tb.findOut(&k)
-	if n != 0 && tb.recs[n-1].flags&flagPin == 0 {
-		return drop.None // the pod opened this flow itself; its replies never pass the host port
-	}
-	if n != 0 && t.over(&tb.recs[n-1]) {
-		t.end(tb, n, false)
-		n = 0
-	}
-	if n == 0 {
-		if !tb.share.allows(tb.pods[pod].sessions) {
-			if tb.share.used >= tb.share.capacity {
-				return drop.NATTableFull
-			}
-			return drop.NATSessionLimit
-		}
-		if n = tb.take(); n == 0 {
-			return drop.NATTableFull
-		}
-		class := t.firstTimer(k.proto)
-		tb.recs[n-1] = record{pod: uint16(pod), created: t.tick, class: class, expires: tickAfter(t.now + t.timeouts[class])}
-		tb.link(n, &k, flagLive|flagPin)
-		tb.counts.Created++
-	}
-	t.touch(tb, n, p, false)
-	return drop.None
-}
-
 // deltaOf is what replacing an address adds to a ones' complement sum (RFC 1624): the sum of the new words and the complements of the old.
 func deltaOf(from, to packet.Addr) uint16 {
 	return packet.Fold(words(^from.Hi) + words(^from.Lo) + words(to.Hi) + words(to.Lo))

@@ -171,6 +171,9 @@ func (t *Translator) event(tb *table, n uint32, began bool) {
 	t.nEvent++
 }
 
+// HasEvents reports whether Events has something to tell.
+func (t *Translator) HasEvents() bool { return t.nEvent > 0 || t.lost }
+
 // Events returns what began and ended since the last call, to be used before the next call of any method. lost means that there was more than
 // fits: then the listing of sessions says what there is.
 func (t *Translator) Events() (events []FlowEvent, lost bool) {

@@ -192,7 +192,7 @@ func TestNAT66_ExtensionHeaders(t *testing.T) {
 
 func TestPins(t *testing.T) {
 	forFamilies(t, Config{}, func(t *testing.T, w *world) {
-		require.False(t, w.tr.HasPins())
+		require.Zero(t, w.tr.Stats().Pins)
 		pinned := func(f flow) Action {
 			b := f.frame()
 			p := w.parse(b)
@@ -209,7 +209,7 @@ func TestPins(t *testing.T) {
 			in := flow{src: w.far(0), dst: w.pod(0), proto: proto, sport: 5000, dport: 8080, tcp: tcpSYN}
 			p := w.parse(in.frame())
 			require.Equal(t, drop.None, w.tr.Pin(&p, 0))
-			require.True(t, w.tr.HasPins())
+			require.Positive(t, w.tr.Stats().Pins)
 			reply := in.back()
 			require.Equal(t, ToHost, pinned(reply))
 			_, r := w.out(0, reply)
@@ -246,7 +246,7 @@ func TestPins(t *testing.T) {
 		require.True(t, list[0].Pin)
 		require.Equal(t, NoPod, list[0].Pod)
 		w.pass(7441)
-		require.False(t, w.tr.HasPins())
+		require.Zero(t, w.tr.Stats().Pins)
 		require.Equal(t, NotOurs, pinned(in.back()))
 		// In the middle of a connection: after a restart without the table.
 		p = w.parse(in.flags(tcpACK).frame())
@@ -261,14 +261,14 @@ func TestPinAndSessionDoNotMix(t *testing.T) {
 		in := flow{src: w.far(0), dst: w.pod(0), proto: udp, sport: 53, dport: 4000}
 		p := w.parse(in.frame())
 		require.Equal(t, drop.None, w.tr.Pin(&p, 0))
-		require.False(t, w.tr.HasPins())
+		require.Zero(t, w.tr.Stats().Pins)
 		w.reaches(g.back(), 0, 4000)
 		// Pins are not flushed with the node's address, and are limited like sessions.
 		in.sport++
 		p = w.parse(in.frame())
 		w.tr.Pin(&p, 0)
 		require.Equal(t, 1, w.tr.SetNodeAddresses(packet.AddrFrom(families[0].node2), packet.AddrFrom(families[1].node2)))
-		require.True(t, w.tr.HasPins())
+		require.Positive(t, w.tr.Stats().Pins)
 	})
 	w := newWorld(t, AllocatorConfig{}, Config{Sessions4: 16, Sessions6: 16})
 	reasons := map[drop.Reason]int{}

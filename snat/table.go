@@ -81,6 +81,7 @@ type table struct {
 	share  share         // of records
 	half   share         // of half-open connections
 	pins   int
+	filter *pinFilter
 	counts Counts
 }
 
@@ -278,6 +279,7 @@ func (t *table) index(n uint32, k *tuple, flags uint8) {
 		t.insert(t.inIdx, t.hashIn(k), n)
 	} else {
 		t.pins++
+		t.filter.add(k, 1)
 	}
 	p := &t.pods[r.pod]
 	r.podPrev, r.podNext = 0, p.first
@@ -305,6 +307,7 @@ func (t *table) unlink(n uint32) {
 		t.remove(t.inIdx, t.hashIn(&k), n, false)
 	} else {
 		t.pins--
+		t.filter.add(&k, ^uint32(0))
 	}
 	if flags&flagMapping == 0 {
 		t.wheel.unlink(t.recs, n)

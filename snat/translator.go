@@ -120,7 +120,7 @@ func newTranslator(cfg Config, a *Allocator, m *memory) *Translator {
 	t := &Translator{cfg: cfg, alloc: a, mem: m, rand: newRand(), pods: make([]podState, a.cfg.MaxPods+1), hostV: a.hostV.Load()}
 	t.v4, t.v6 = m.tables()
 	for _, tb := range []*table{t.v4, t.v6} {
-		tb.seed = newSeeds()
+		tb.seed, tb.filter = newSeeds(), &a.pins
 		tb.pods = make([]podSessions, len(t.pods))
 		tb.share = share{capacity: len(tb.recs), guarantee: cfg.SessionGuarantee}
 		tb.half = share{capacity: cfg.HalfOpen, guarantee: max(1, min(cfg.HalfOpen/len(t.pods), cfg.SessionGuarantee))}

@@ -270,45 +270,6 @@ func (t *Translator) admit(tb *table, p *packet.Packet, k *tuple, v *View) {
 	v.Action, v.Reason, v.Addr, v.Port, v.Pod = Translate, drop.None, tb.insideOf(n), tb.recs[n-1].inPort, int32(tb.recs[n-1].pod)
 }
 
-// HasPins reports whether there are pins at all: if not, nothing needs to ask Pinned.
-func (t *Translator) HasPins() bool { return t.v4.pins+t.v6.pins > 0 }
-
-// Pinned says whether a packet towards a pod or an outside address is the reply to a flow that came through the host port: then v.Action is ToHost,
-// else NotOurs. For packets that Outbound is not asked about. Nothing but *v is written.
-func (t *Translator) Pinned(p *packet.Packet, frame []byte, v *View) {
-	*v = View{pod: NoPod, Action: NotOurs}
-	tb, _ := t.tableOf(p.Kind)
-	if tb.pins == 0 {
-		return
-	}
-	k, ok := pinKey(p, p.Src, p.Dst, p.SrcPort, p.DstPort)
-	if !ok {
-		if isICMP(p) && messageOf(p) == messageError {
-			if t.errorOutbound(tb, p, frame, v); v.Action != ToHost {
-				*v = View{pod: NoPod, Action: NotOurs}
-			}
-		}
-		return
-	}
-	if n := tb.findOut(&k); n != 0 && tb.recs[n-1].flags&flagPin != 0 && !t.over(&tb.recs[n-1]) {
-		v.Action, v.n = ToHost, n
-	}
-}
-
-// pinKey is the key of a pin whose replies go from src to dst; false for what gets no pin.
-func pinKey(p *packet.Packet, src, dst packet.Addr, srcPort, dstPort uint16) (k tuple, ok bool) {
-	k = tuple{inside: src, remote: dst, proto: p.Proto, inPort: srcPort, remPort: dstPort}
-	switch p.Proto {
-	case packet.ProtoTCP, packet.ProtoUDP, packet.ProtoSCTP:
-		return k, true
-	case packet.ProtoICMP, packet.ProtoICMPv6:
-		k.remPort = 0
-		m := messageOf(p)
-		return k, isICMP(p) && (m == messageQuery || m == messageReply)
-	}
-	return k, false
-}
-
 // Explain describes the session behind a view, for people. ok is false if there is none.
 func (t *Translator) Explain(p *packet.Packet, v *View) (Session, bool) {
 	tb, node := t.tableOf(p.Kind)

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/overplane/overplane/dataplane"
@@ -71,6 +72,11 @@ type Agent struct {
 	openMTU int       // the uplink's when its sockets were opened
 
 	seen fileStamp // of the state file as it was read at start
+
+	masq       masqFiles
+	saturation saturation
+
+	flowsLost, flowsFailed atomic.Bool // steering was not told of all flows that ended; it was told, and refused
 
 	stateProblem    string // about the state's source
 	steeringProblem string
@@ -146,7 +152,10 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-tick.C:
 			a.sweep(tickPatience)
 			a.retry()
+			a.followMasq()
 			a.followTranslation()
+			a.followFlows(ctx)
+			a.watchSaturation(ctx, time.Now())
 			a.buryDead()
 		}
 	}
@@ -175,7 +184,7 @@ func (a *Agent) publish() {
 	uplinkMTU, podMTU := a.mtus()
 	in := Input{
 		Node: a.cfg.NodeName, Routed: a.cfg.Routed(), Facts: a.facts,
-		Node4: a.cfg.Node4(), Node6: a.cfg.Node6(), state: a.state,
+		Node4: a.cfg.Node4(), Node6: a.cfg.Node6(), state: a.state, rules: a.rules(),
 		Uplink: a.uplink.Port, UplinkMTU: uplinkMTU,
 		Host: a.host, HostName: a.cfg.HostPort, PodMTU: podMTU,
 		Pods: make([]PodPort, 0, len(a.pods)),

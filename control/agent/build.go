@@ -12,6 +12,7 @@ import (
 	"github.com/overplane/overplane/dataplane/fib"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // Input is all that a snapshot is a function of.
@@ -23,7 +24,8 @@ type Input struct {
 	// Node4 and Node6 are configured primary addresses; invalid: the uplink's first of that family.
 	Node4, Node6 netip.Addr
 
-	state *desired // nil: none yet
+	state *desired    // nil: none yet
+	rules *snat.Rules // nil: the state's
 
 	Uplink    port.Port // nil: no device now
 	UplinkMTU int       // bytes of the largest IP packet the uplink sends: its MTU, or less if the rung cannot carry as much
@@ -66,6 +68,9 @@ func Build(in Input) Built {
 	if in.state != nil {
 		b.fib.Grow(len(in.state.routes)+2*len(in.state.members)+2*len(in.Pods)+len(in.Facts.Addresses)+2, len(in.state.members)+len(in.Pods)+4)
 		snap.NoSNAT, snap.SNAT = in.state.noSNAT, in.state.rules
+		if in.rules != nil {
+			snap.SNAT = in.rules
+		}
 		for _, p := range in.state.pools {
 			if err := b.fib.AddPool(p.cidr, p.bits); err != nil {
 				b.problem("pool %s cannot be programmed: %v", p.cidr, err)

@@ -114,6 +114,10 @@ type Config struct {
 	// The node's primary IPv6 address on the uplink. Empty: the uplink's first global one.
 	NodeIPv6 string `env:"NODE_IPV6" allowed:"empty or a global IPv6 address"`
 
+	// A folder with files as ip-masq-agent reads them (`nonMasqueradeCIDRs`, `masqLinkLocal`, `masqLinkLocalIPv6`; YAML or JSON): destinations that see pods' own
+	// addresses, beside those of the desired state. All its files count together, hidden ones aside, and are read again whenever they change. `none`: no folder.
+	MasqDir string `env:"MASQ_DIR" envDefault:"/etc/overplane/masq.d" allowed:"an absolute path, or none"`
+
 	// How old a worker's heartbeat may be before the steering program takes it for dead: packets for pods are then dropped and all others
 	// pass to the kernel.
 	HeartbeatLimit time.Duration `env:"HEARTBEAT_LIMIT" envDefault:"2s" allowed:"a duration from 500ms to 60s"`

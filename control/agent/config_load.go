@@ -151,6 +151,9 @@ func (c *Config) check() []problem {
 		within("MTU", c.MTU, 1280, 9216, false)
 	}
 	path("StateDir", c.StateDir)
+	if c.MasqDir != masqNone {
+		path("MasqDir", c.MasqDir)
+	}
 	path("BPFDir", c.BPFDir)
 	if c.StateSource == SourceFile {
 		path("StateFile", c.StateFile)

@@ -20,7 +20,9 @@ type desired struct {
 	routes  []route
 	noSNAT  bool
 	rules   *snat.Rules
-	snat    snatSettings
+
+	rulesConfig snat.RulesConfig // what rules were made of
+	snat        snatSettings
 }
 
 type pool struct {

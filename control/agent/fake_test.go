@@ -22,6 +22,7 @@ import (
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
 	"github.com/overplane/overplane/dataplane/port/mem"
+	"github.com/overplane/overplane/snat"
 )
 
 // fakePort is a port in memory that knows whether it was closed.
@@ -152,7 +153,9 @@ func (s *fakeSteering) Apply(p SteeringPlan) error {
 	s.f.plans = append(s.f.plans, p)
 	return nil
 }
-func (s *fakeSteering) AttachHost(string) error { return nil }
+func (s *fakeSteering) AttachHost(string) error               { return nil }
+func (s *fakeSteering) Flows([]snat.FlowEvent) error          { return nil }
+func (s *fakeSteering) KnownFlows() ([]snat.FlowEvent, error) { return nil, nil }
 func (s *fakeSteering) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"ours": 1}, nil
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/overplane/overplane/control/agent/kernel"
 	"github.com/overplane/overplane/dataplane/packet"
 	"github.com/overplane/overplane/dataplane/port"
+	"github.com/overplane/overplane/snat"
 )
 
 // The pods' gateway. Every pod of every node has the same: link-local addresses that the data plane itself answers ARP, neighbour
@@ -92,8 +93,9 @@ type SteeringPlan struct {
 	PodCIDRs  []netip.Prefix
 	// Members are the other nodes' Ethernet addresses, which frames for pods are accepted from. Not on a routed underlay.
 	Members []packet.MAC
-	// GatewayMACs are those that frames for pods are accepted from on a routed underlay.
-	GatewayMACs []packet.MAC
+	// GatewayMACs are those that frames for pods are accepted from on a routed underlay, and, if OutsideSeesPods, from addresses that are no pods'.
+	GatewayMACs     []packet.MAC
+	OutsideSeesPods bool // pods' own addresses leave the cluster: replies come to them
 
 	// Node4 and Node6 are the addresses that translated packets leave with, invalid if there is none; the ports they use there, and those of them that are the
 	// node's own sockets' after all.
@@ -108,6 +110,10 @@ type Steering interface {
 	Apply(SteeringPlan) error
 	// AttachHost has frames that the data plane writes to the host port as they came from the uplink enter the kernel by the uplink.
 	AttachHost(hostPort string) error
+	// Flows tells the program of translated flows of SCTP, ESP and GRE, which it recognises by their far end. Workers call it, any number at once: it must not block.
+	Flows(events []snat.FlowEvent) error
+	// KnownFlows are those that the program was told of, by this daemon or an earlier one.
+	KnownFlows() ([]snat.FlowEvent, error)
 	// Counters says what the program did, by name.
 	Counters() (map[string]uint64, error)
 	// Heartbeat is where worker i says that it is alive; nil if the program does not look.

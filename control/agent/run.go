@@ -210,6 +210,7 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 	if a.stateProblem != "" {
 		log.Error("desired state", "problem", a.stateProblem, "forwarding_by_last_state", a.state != nil)
 	}
+	a.startMasq()
 	remembered, err := a.store.Load()
 	if err != nil {
 		return nil, err
@@ -259,6 +260,7 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 	if a.translation, err = a.makeTranslation(workers); err != nil {
 		return nil, err
 	}
+	a.adoptFlows(a.translation)
 	if err := a.makeDataplane(cpus); err != nil {
 		return nil, err
 	}
@@ -287,7 +289,7 @@ func start(cfg Config, o Options, cleanup *cleanups) (*Agent, error) {
 func (a *Agent) makeDataplane(cpus []int) error {
 	cfg := dataplane.Config{Logger: a.log}
 	for i, p := range a.pools {
-		cfg.Workers = append(cfg.Workers, dataplane.WorkerConfig{Pool: p, CPU: cpus[i], Heartbeat: a.steering.Heartbeat(i), Translator: a.translation.translators[i]})
+		cfg.Workers = append(cfg.Workers, dataplane.WorkerConfig{Pool: p, CPU: cpus[i], Heartbeat: a.steering.Heartbeat(i), Translator: a.translation.translators[i], Flows: a.onFlows})
 	}
 	dp, err := dataplane.New(cfg)
 	if err != nil {

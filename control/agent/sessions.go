@@ -92,6 +92,9 @@ func (s *service) ListSessions(ctx context.Context, r *controlv1.ListSessionsReq
 			out.Truncated = true
 			return false
 		}
+		if x.Pin {
+			x.State = "pinned"
+		}
 		out.Sessions = append(out.Sessions, &controlv1.Session{
 			Protocol: proto, Inside: endpoint(x.Inside, x.InsidePort), External: endpoint(x.External, x.ExternalPort), Remote: endpoint(x.Remote, x.RemotePort),
 			Pod: pod, State: x.State, AgeSeconds: uint64(x.Age.Seconds()), LeftSeconds: uint64(x.Left.Seconds()),
@@ -131,6 +134,10 @@ func (s *service) GetSnat(ctx context.Context, _ *controlv1.GetSnatRequest) (*co
 		for _, p := range t.hostUDP {
 			out.HostUdpPorts = append(out.HostUdpPorts, uint32(p))
 		}
+		for _, p := range a.noMasquerade() {
+			out.NoMasqueradeCidrs = append(out.NoMasqueradeCidrs, p.String())
+		}
+		out.NoMasqueradeFiles = slices.Clone(a.masq.files)
 		alloc = t.alloc
 		return nil
 	})
@@ -148,6 +155,7 @@ func (s *service) GetSnat(ctx context.Context, _ *controlv1.GetSnatRequest) (*co
 		if err := s.a.dp.Ask(ctx, w, func(t *snat.Translator, ws *dataplane.WorkerStats) {
 			st, counts = t.Stats(), t.Counts()
 			m.HandedOver = ws.HandedOver
+			m.Pins, m.Flushed, m.HostPort = uint32(st.Pins), counts.Flushed, counts.HostPort
 		}); err != nil {
 			return nil, status.Error(codes.Unavailable, err.Error())
 		}

@@ -36,19 +36,20 @@ func (t *slotTable) free(slot int) { t.used[slot-dataplane.FirstPodSlot] = false
 
 func (p SteeringPlan) equal(o SteeringPlan) bool {
 	return p.UplinkMAC == o.UplinkMAC && slices.Equal(p.PodCIDRs, o.PodCIDRs) && slices.Equal(p.Members, o.Members) && slices.Equal(p.GatewayMACs, o.GatewayMACs) &&
-		p.Node4 == o.Node4 && p.Node6 == o.Node6 && p.FirstPort == o.FirstPort && p.LastPort == o.LastPort &&
+		p.OutsideSeesPods == o.OutsideSeesPods && p.Node4 == o.Node4 && p.Node6 == o.Node6 && p.FirstPort == o.FirstPort && p.LastPort == o.LastPort &&
 		slices.Equal(p.HostTCP, o.HostTCP) && slices.Equal(p.HostUDP, o.HostUDP)
 }
 
 // union is the plan that admits what either admits; for the time in which the workers move from one to the other.
 func union(from, to SteeringPlan) SteeringPlan {
-	out := SteeringPlan{UplinkMAC: to.UplinkMAC, Node4: to.Node4, Node6: to.Node6, FirstPort: to.FirstPort, LastPort: to.LastPort, HostTCP: to.HostTCP, HostUDP: to.HostUDP}
+	out := SteeringPlan{UplinkMAC: to.UplinkMAC, Node4: to.Node4, Node6: to.Node6, FirstPort: to.FirstPort, LastPort: to.LastPort, HostTCP: to.HostTCP, HostUDP: to.HostUDP,
+		OutsideSeesPods: from.OutsideSeesPods || to.OutsideSeesPods}
 	out.PodCIDRs = append(slices.Clone(to.PodCIDRs), from.PodCIDRs...)
 	slices.SortFunc(out.PodCIDRs, netip.Prefix.Compare)
 	out.PodCIDRs = slices.Compact(out.PodCIDRs)
 	out.Members = distinctMACs(slices.Concat(to.Members, from.Members)...)
 	out.GatewayMACs = distinctMACs(slices.Concat(to.GatewayMACs, from.GatewayMACs)...)
-	if len(out.PodCIDRs) == len(to.PodCIDRs) && len(out.Members) == len(to.Members) && len(out.GatewayMACs) == len(to.GatewayMACs) {
+	if len(out.PodCIDRs) == len(to.PodCIDRs) && len(out.Members) == len(to.Members) && len(out.GatewayMACs) == len(to.GatewayMACs) && out.OutsideSeesPods == to.OutsideSeesPods {
 		return to // nothing goes: one step is enough
 	}
 	return out

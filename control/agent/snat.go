@@ -75,7 +75,7 @@ func (d *desired) parseRules(r *controlv1.SnatRules) error {
 			}
 		}
 	}
-	d.rules, d.snat = snat.NewRules(c), settingsOf(r)
+	d.rules, d.rulesConfig, d.snat = snat.NewRules(c), c, settingsOf(r)
 	return errors.Join(errs...)
 }
 
@@ -239,6 +239,9 @@ func (a *Agent) followTranslation() {
 
 // planTranslation says in a plan which packets for the node may be replies.
 func (a *Agent) planTranslation(p *SteeringPlan) {
+	if p.OutsideSeesPods = a.outsideSeesPods(); p.OutsideSeesPods && !a.cfg.Routed() {
+		p.GatewayMACs = distinctMACs(a.facts.GatewayMAC4, a.facts.GatewayMAC6)
+	}
 	if a.translation == nil || a.state == nil || a.state.noSNAT {
 		return
 	}

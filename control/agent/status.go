@@ -30,6 +30,7 @@ func (a *Agent) problems() []string {
 	}
 	add(a.stateProblem)
 	add(a.sync.refused())
+	add(a.masq.problem)
 	switch {
 	case a.state == nil && a.sync != nil:
 		add("there is no desired state yet: " + a.sync.waiting())

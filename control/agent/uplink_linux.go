@@ -12,6 +12,7 @@ import (
 	"github.com/overplane/overplane/dataplane/port"
 	"github.com/overplane/overplane/dataplane/port/tap"
 	"github.com/overplane/overplane/dataplane/port/xdp"
+	"github.com/overplane/overplane/snat"
 )
 
 // steering is the steering program on the uplink, whatever hook it is attached to.
@@ -36,14 +37,36 @@ func (s *steering) AttachHost(hostPort string) error {
 	if err != nil {
 		return fmt.Errorf("host port %s: %w", hostPort, err)
 	}
-	return s.Steering.AttachHost(xdp.TCConfig{Device: link.Index, Classifier: kernel.Classifier{}})
+	return s.Steering.AttachHost(xdp.TCConfig{Device: link.Index, Gateway: GatewayMAC, Classifier: kernel.Classifier{}})
+}
+
+func (s *steering) Flows(events []snat.FlowEvent) error {
+	var errs []error
+	for i := range events {
+		e := &events[i]
+		f := xdp.Flow{Proto: e.Proto, Remote: e.Remote.Netip(), RemotePort: e.RemotePort, NodePort: e.NodePort}
+		if e.Began {
+			errs = append(errs, s.AddFlow(f))
+		} else {
+			errs = append(errs, s.RemoveFlow(f))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *steering) KnownFlows() (out []snat.FlowEvent, err error) {
+	flows, err := s.Steering.Flows()
+	for _, f := range flows {
+		out = append(out, snat.FlowEvent{Began: true, Proto: f.Proto, Remote: packet.AddrFrom(f.Remote), RemotePort: f.RemotePort, NodePort: f.NodePort})
+	}
+	return out, err
 }
 
 func (s *steering) Apply(p SteeringPlan) error {
 	err := errors.Join(s.SetUplinkMAC(p.UplinkMAC), s.SetPodCIDRs(p.PodCIDRs), s.SetTranslation(xdp.Translation{
 		Node4: p.Node4, Node6: p.Node6, First: p.FirstPort, Last: p.LastPort, HostTCP: p.HostTCP, HostUDP: p.HostUDP,
 	}))
-	if s.routed {
+	if err = errors.Join(err, s.SetOutside(p.OutsideSeesPods)); s.routed || p.OutsideSeesPods {
 		if len(p.GatewayMACs) > 1 {
 			err = errors.Join(err, fmt.Errorf("the IPv4 and IPv6 gateways have different Ethernet addresses (%s, %s); frames are accepted from the first alone",
 				formatMAC(p.GatewayMACs[0]), formatMAC(p.GatewayMACs[1])))
@@ -52,7 +75,10 @@ func (s *steering) Apply(p SteeringPlan) error {
 		if len(p.GatewayMACs) > 0 {
 			gw = p.GatewayMACs[0]
 		}
-		return errors.Join(err, s.SetGatewayMAC(gw))
+		err = errors.Join(err, s.SetGatewayMAC(gw))
+	}
+	if s.routed {
+		return err
 	}
 	macs := make([][6]byte, len(p.Members))
 	for i, m := range p.Members {

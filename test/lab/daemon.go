@@ -43,6 +43,7 @@ func (n *Node) settings() []string {
 		"OVERPLANE_CPUS=" + workerCPUs(n.Number, o.Workers),
 		"OVERPLANE_STATE_SOURCE=" + o.State,
 		"OVERPLANE_STATE_DIR=" + filepath.Join(n.Dir(), "state"),
+		"OVERPLANE_MASQ_DIR=" + n.MasqDir(),
 		"OVERPLANE_SOCKET=" + n.Socket(),
 		"OVERPLANE_BPF_DIR=" + n.BPFDir(),
 	}

@@ -157,6 +157,9 @@ func (n *Node) LogPath() string { return filepath.Join(n.Dir(), "overplaned.log"
 // StatePath is the file with the node's desired state.
 func (n *Node) StatePath() string { return filepath.Join(n.Dir(), "state.json") }
 
+// MasqDir is the folder with the node's ip-masq-agent files. It is not there until somebody makes it.
+func (n *Node) MasqDir() string { return filepath.Join(n.Dir(), "masq.d") }
+
 // BPFDir is where the daemon pins its steering.
 func (n *Node) BPFDir() string { return filepath.Join(pinRoot, n.lab.Name, n.Name()) }
 

@@ -15,13 +15,13 @@ const (
 	filterHandle   = 0x4f56
 )
 
-// Classifier attaches tc programs to the ingress of interfaces of the caller's namespace as cls_bpf filters in direct-action mode (Linux 4.5), for kernels
+// Classifier attaches tc programs to the ingress or egress of interfaces of the caller's namespace as cls_bpf filters in direct-action mode (Linux 4.5), for kernels
 // without tcx links. The queueing discipline they hang on (clsact) is shared with others: it is made if it is missing and
 // never removed, and other filters stay.
 type Classifier struct{}
 
-// Attach makes the program with that descriptor the ingress filter of that name. An earlier one of that name is replaced without a gap.
-func (Classifier) Attach(ifindex, fd int, name string) error {
+// Attach makes the program with that descriptor the filter of that name, of ingress or egress. An earlier one of that name is replaced without a gap.
+func (Classifier) Attach(ifindex, fd int, name string, egress bool) error {
 	link, err := netlink.LinkByIndex(ifindex)
 	if err != nil {
 		return fmt.Errorf("reading interface %d: %w", ifindex, err)
@@ -31,13 +31,17 @@ func (Classifier) Attach(ifindex, fd int, name string) error {
 	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding queueing discipline clsact to %s (Linux 4.5, CONFIG_NET_SCH_INGRESS): %w", dev, err)
 	}
+	parent, side := uint32(netlink.HANDLE_MIN_INGRESS), "ingress"
+	if egress {
+		parent, side = netlink.HANDLE_MIN_EGRESS, "egress"
+	}
 	filter := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: ifindex, Parent: netlink.HANDLE_MIN_INGRESS, Handle: filterHandle, Priority: filterPriority, Protocol: unix.ETH_P_ALL,
+			LinkIndex: ifindex, Parent: parent, Handle: filterHandle, Priority: filterPriority, Protocol: unix.ETH_P_ALL,
 		},
 		Fd: fd, Name: name, DirectAction: true,
 	}
-	old, err := ingressFilters(link)
+	old, err := filtersOf(link, parent)
 	if err != nil {
 		return err
 	}
@@ -50,9 +54,9 @@ func (Classifier) Attach(ifindex, fd int, name string) error {
 	}
 	if err := put(filter); err != nil {
 		if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EINVAL) {
-			err = fmt.Errorf("%w: has another filter priority %d? see `tc filter show dev %s ingress`", err, filterPriority, dev)
+			err = fmt.Errorf("%w: has another filter priority %d? see `tc filter show dev %s %s`", err, filterPriority, dev, side)
 		}
-		return fmt.Errorf("adding filter %s to the ingress of %s (cls_bpf, CONFIG_NET_CLS_BPF): %w", name, dev, err)
+		return fmt.Errorf("adding filter %s to the %s of %s (cls_bpf, CONFIG_NET_CLS_BPF): %w", name, side, dev, err)
 	}
 	return nil
 }
@@ -86,25 +90,27 @@ func (Classifier) DetachAll(names ...string) error {
 }
 
 func removeFilters(link netlink.Link, names []string) error {
-	filters, err := ingressFilters(link)
-	if err != nil {
-		return err
-	}
 	var errs []error
-	for _, f := range filters {
-		if !slices.Contains(names, f.Name) {
-			continue
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		filters, err := filtersOf(link, parent)
+		if err != nil {
+			return err
 		}
-		if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-			errs = append(errs, fmt.Errorf("removing filter %s from %s: %w", f.Name, link.Attrs().Name, err))
+		for _, f := range filters {
+			if !slices.Contains(names, f.Name) {
+				continue
+			}
+			if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+				errs = append(errs, fmt.Errorf("removing filter %s from %s: %w", f.Name, link.Attrs().Name, err))
+			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// ingressFilters lists the cls_bpf filters on an interface's ingress.
-func ingressFilters(link netlink.Link) ([]*netlink.BpfFilter, error) {
-	filters, err := netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS)
+// filtersOf lists the cls_bpf filters on an interface's ingress or egress.
+func filtersOf(link netlink.Link, parent uint32) ([]*netlink.BpfFilter, error) {
+	filters, err := netlink.FilterList(link, parent)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, nil // there is no clsact, or no interface any more
 	}

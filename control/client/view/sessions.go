@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
@@ -44,14 +45,26 @@ func SNAT(w io.Writer, r *controlv1.GetSnatResponse) error {
 	if !r.GetEnabled() {
 		state = "off: pods leave with their own addresses"
 	}
-	if _, err := fmt.Fprintf(w, "translation  %s\naddresses    %s %s\nmapping      %s\nports        %d-%d; held by the node's own sockets: TCP %v, UDP %v\n\n", state,
+	if _, err := fmt.Fprintf(w, "translation  %s\naddresses    %s %s\nmapping      %s\nports        %d-%d; held by the node's own sockets: TCP %v, UDP %v\n", state,
 		cmp.Or(r.GetIpv4(), "-"), cmp.Or(r.GetIpv6(), "-"), r.GetMapping(), r.GetFirstPort(), r.GetLastPort(), r.GetHostTcpPorts(), r.GetHostUdpPorts()); err != nil {
 		return err
 	}
+	if len(r.GetNoMasqueradeCidrs()) > 0 {
+		from := ""
+		if len(r.GetNoMasqueradeFiles()) > 0 {
+			from = " (also by " + strings.Join(r.GetNoMasqueradeFiles(), ", ") + ")"
+		}
+		if _, err := fmt.Fprintf(w, "untranslated towards %s%s\n", strings.Join(r.GetNoMasqueradeCidrs(), ", "), from); err != nil {
+			return err
+		}
+	}
+	if _, err := io.WriteString(w, "\n"); err != nil {
+		return err
+	}
 	of := func(n, limit uint32) string { return fmt.Sprintf("%d of %d", n, limit) }
-	t := newTable(">WORKER", ">IPV4 SESSIONS", ">IPV6 SESSIONS", ">HALF OPEN", ">CREATED", ">EXPIRED", ">FRAGMENTED", ">HANDED OVER")
+	t := newTable(">WORKER", ">IPV4 SESSIONS", ">IPV6 SESSIONS", ">PINNED", ">HALF OPEN", ">CREATED", ">EXPIRED", ">FRAGMENTED", ">HANDED OVER")
 	for _, x := range r.GetWorkers() {
-		t.row(number(x.GetWorker()), of(x.GetSessionsIpv4(), x.GetCapacityIpv4()), of(x.GetSessionsIpv6(), x.GetCapacityIpv6()), number(x.GetHalfOpen()),
+		t.row(number(x.GetWorker()), of(x.GetSessionsIpv4(), x.GetCapacityIpv4()), of(x.GetSessionsIpv6(), x.GetCapacityIpv6()), number(x.GetPins()), number(x.GetHalfOpen()),
 			number(x.GetCreated()), number(x.GetExpired()), number(x.GetFragmented()), number(x.GetHandedOver()))
 	}
 	if err := t.write(w); err != nil {

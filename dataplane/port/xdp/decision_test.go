@@ -23,8 +23,33 @@ type model struct {
 	uplink  [6]byte
 	gateway [6]byte
 	routed  bool
+	outside bool
 
 	translation Translation
+	flows       []Flow
+}
+
+// extensions walks an IPv6 packet's extension headers, at most four. more: it ends too early.
+func extensions(ip []byte) (proto byte, l4 []byte, more bool) {
+	proto, l4 = ip[6], ip[40:]
+	for range 4 {
+		if proto != 0 && proto != 60 && proto != 51 {
+			break
+		}
+		if len(l4) < 8 {
+			return proto, nil, true
+		}
+		size := (int(l4[1]) + 1) * 8
+		if proto == 51 {
+			size = (int(l4[1]) + 2) * 4
+		}
+		if len(ip)-len(l4)+size > 40+256 {
+			return 0, nil, false
+		}
+		proto = l4[0]
+		l4 = l4[min(size, len(l4)):]
+	}
+	return proto, l4, false
 }
 
 // otherwise decides on a frame without pod addresses. It says "asked" for what may be ours or the host's.
@@ -46,13 +71,26 @@ func (m *model) otherwise(frame []byte) string {
 		if netip.AddrFrom16([16]byte(ip[24:])) != t.Node6 {
 			return "passed"
 		}
-		if ip[6] == 44 {
+		var more bool
+		if proto, l4, more = extensions(ip); more {
+			return "passed"
+		}
+		if proto == 44 {
 			return "asked"
 		}
-		proto, l4 = ip[6], ip[40:]
 	}
 	if len(l4) < 8 {
 		return "passed"
+	}
+	f := Flow{Proto: proto}
+	if f.Remote = netip.AddrFrom4([4]byte(ip[12:])); binary.BigEndian.Uint16(frame[12:]) == 0x86dd {
+		f.Remote = netip.AddrFrom16([16]byte(ip[8:]))
+	}
+	if proto == 132 {
+		f.RemotePort, f.NodePort = binary.BigEndian.Uint16(l4), binary.BigEndian.Uint16(l4[2:])
+	}
+	if slices.Contains([]byte{47, 50, 132}, proto) && slices.Contains(m.flows, f) {
+		return "redirected"
 	}
 	inRange := func(p uint16) bool { return p >= t.First && p <= t.Last }
 	port, id := binary.BigEndian.Uint16(l4[2:]), binary.BigEndian.Uint16(l4[4:])
@@ -87,6 +125,7 @@ func (m *model) decide(frame []byte) string {
 	switch from := [6]byte(frame[6:]); {
 	case !srcIsPod && !dstIsPod:
 		return m.otherwise(frame)
+	case m.outside && !srcIsPod && from == m.gateway:
 	case m.routed && (from != m.gateway || !srcIsPod), !m.routed && !m.members[from]:
 		return "dropped_not_member"
 	}
@@ -106,7 +145,7 @@ func TestDecisionAgainstModel(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 
-	asked, ours := 0, 0
+	asked, ours, flows, extended := 0, 0, 0, 0
 	for round := range 40 {
 		if round == 20 { // the variant for kernels and drivers without multi-buffer
 			in(t, v.near, func() { require.NoError(t, s.steering.attachVariant(v.nearIndex, false, false)) })
@@ -120,12 +159,14 @@ func TestDecisionAgainstModel(t *testing.T) {
 		require.NoError(t, s.steering.SetMembers(members))
 		require.NoError(t, s.steering.SetGatewayMAC(m.gateway))
 		require.NoError(t, s.steering.SetTranslation(m.translation))
+		setFlows(t, s.steering, m.flows)
 		require.NoError(t, s.steering.change(func(c *bpf.SteerSteerConfig) error {
 			if c.Flags &^= flagRouted; m.routed {
 				c.Flags |= flagRouted
 			}
 			return nil
 		}))
+		require.NoError(t, s.steering.SetOutside(m.outside))
 		before := s.counters(t)
 		want := map[string]uint64{}
 		for range 500 {
@@ -134,6 +175,11 @@ func TestDecisionAgainstModel(t *testing.T) {
 			asked += map[bool]int{true: 1}[verdict == "asked"]
 			if verdict == "asked" {
 				verdict = "redirected"
+			}
+			if verdict == "redirected" && binary.BigEndian.Uint16(frame[12:]) == 0x86dd && m.otherwise(frame) != "passed" {
+				proto, _, _ := extensions(frame[14:])
+				flows += map[bool]int{true: 1}[proto == 132 || proto == 47 || proto == 50]
+				extended += map[bool]int{true: 1}[proto != frame[20]]
 			}
 			ours += map[bool]int{true: 1}[verdict == "redirected" && m.otherwise(frame) == "redirected"]
 			want[verdict]++
@@ -147,6 +193,27 @@ func TestDecisionAgainstModel(t *testing.T) {
 	}
 	require.Greater(t, asked, 50)
 	require.Greater(t, ours, 50)
+	require.Greater(t, flows, 20)
+	require.Greater(t, extended, 20)
+}
+
+// setFlows makes the flows those.
+func setFlows(t *testing.T, s *Steering, flows []Flow) {
+	t.Helper()
+	old, err := s.Flows()
+	require.NoError(t, err)
+	for _, f := range old {
+		require.NoError(t, s.RemoveFlow(f))
+	}
+	for _, f := range flows {
+		require.NoError(t, s.AddFlow(f))
+	}
+	got, err := s.Flows()
+	require.NoError(t, err)
+	for _, f := range flows {
+		require.Contains(t, got, f)
+	}
+	require.NoError(t, s.RemoveFlow(Flow{Proto: 132, Remote: netip.MustParseAddr("192.0.2.1")}), "one that is not there")
 }
 
 func randomMAC(rng *rand.Rand) (mac [6]byte) {
@@ -156,7 +223,7 @@ func randomMAC(rng *rand.Rand) (mac [6]byte) {
 }
 
 func randomModel(rng *rand.Rand, uplink [6]byte) *model {
-	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0}
+	m := &model{uplink: uplink, gateway: randomMAC(rng), members: map[[6]byte]bool{}, routed: rng.IntN(2) == 0, outside: rng.IntN(2) == 0}
 	if rng.IntN(4) > 0 {
 		var a [16]byte
 		for i := range a {
@@ -167,6 +234,16 @@ func randomModel(rng *rand.Rand, uplink [6]byte) *model {
 		for range rng.IntN(50) {
 			m.translation.HostTCP = append(m.translation.HostTCP, m.translation.First+uint16(rng.IntN(20)))
 			m.translation.HostUDP = append(m.translation.HostUDP, m.translation.First+uint16(rng.IntN(20)))
+		}
+		for i := range 12 {
+			f := Flow{Proto: []uint8{47, 50, 132}[i%3], Remote: netip.AddrFrom4([4]byte{198, 51, 100, byte(rng.IntN(4))})}
+			if i%2 == 0 {
+				f.Remote = netip.AddrFrom16([16]byte{0x20, 1, 15: byte(rng.IntN(4))})
+			}
+			if f.Proto == 132 {
+				f.RemotePort, f.NodePort = m.translation.First+uint16(rng.IntN(4)), m.translation.First+uint16(rng.IntN(4))
+			}
+			m.flows = append(m.flows, f)
 		}
 	}
 	for range rng.IntN(5) {
@@ -197,7 +274,7 @@ func randomModel(rng *rand.Rand, uplink [6]byte) *model {
 
 // randomFrame is often close to the model's borders.
 func (m *model) randomFrame(rng *rand.Rand) []byte {
-	b := make([]byte, 14+rng.IntN(80))
+	b := make([]byte, 14+rng.IntN(80)+rng.IntN(2)*rng.IntN(300))
 	for i := range b {
 		b[i] = byte(rng.Uint32())
 	}
@@ -247,7 +324,8 @@ func (m *model) randomFrame(rng *rand.Rand) []byte {
 		at := 34
 		if binary.BigEndian.Uint16(b[12:]) == 0x0800 {
 			copy(b[30:], m.translation.Node4.AsSlice())
-			b[23] = []byte{1, 6, 17, 58, 132}[rng.IntN(5)]
+			copy(b[26:], []byte{198, 51, 100, byte(rng.IntN(4))})
+			b[23] = []byte{1, 6, 17, 58, 132, 47, 50}[rng.IntN(7)]
 			if b[14] = 0x45 + byte(rng.IntN(3)); rng.IntN(8) == 0 {
 				b[14] = byte(rng.Uint32())
 			}
@@ -257,12 +335,29 @@ func (m *model) randomFrame(rng *rand.Rand) []byte {
 			}
 		} else {
 			copy(b[38:], m.translation.Node6.AsSlice())
-			b[20] = []byte{1, 6, 17, 44, 58, 0}[rng.IntN(6)]
+			copy(b[22:], []byte{0x20, 1, 15: byte(rng.IntN(4))})
+			b[20] = []byte{1, 6, 17, 44, 58, 132, 47, 50}[rng.IntN(8)]
 			at = 54
+			next := 20 // where the next header's number goes
+			for range rng.IntN(6) {
+				b[next], b[at] = []byte{0, 60, 51, 43}[rng.IntN(4)&(rng.IntN(8)|2)], b[next]
+				next = at
+				if b[at+1] = byte(rng.IntN(3)); rng.IntN(16) == 0 {
+					b[at+1] = byte(rng.Uint32())
+				}
+				size := (int(b[at+1]) + 1) * 8
+				if at += size; at+10 > len(b) {
+					break
+				}
+			}
 		}
 		if at+8 <= len(b) {
 			b[at] = []byte{0, 1, 3, 4, 5, 8, 11, 128, 129}[rng.IntN(9)]
 			port := m.translation.First + uint16(rng.IntN(24)) - 2
+			if rng.IntN(2) == 0 {
+				port = m.translation.First + uint16(rng.IntN(4))
+				binary.BigEndian.PutUint16(b[at:], m.translation.First+uint16(rng.IntN(4)))
+			}
 			binary.BigEndian.PutUint16(b[at+2:], port)
 			binary.BigEndian.PutUint16(b[at+4:], port)
 		}

@@ -34,13 +34,14 @@ const DefaultHeartbeatLimit = 2 * time.Second
 // layoutVersion is part of the pins' names. It counts changes of what the maps' values mean; changes of their sizes are seen by comparing.
 const layoutVersion = "-v2"
 
-// The names of the pinned attachments: of the XDP program, of the tc program on the uplink, of that on the device, of that on the host port. They have no version: a program of any
+// The names of the pinned attachments: of the XDP program, of the tc program on the uplink, of that on the device, of those of AttachHost. They have no version: a program of any
 // version is replaced through them.
 const (
-	linkPin  = "link"
-	tcInPin  = "tc-in"
-	tcOutPin = "tc-out"
-	hostPin  = "tc-host"
+	linkPin   = "link"
+	tcInPin   = "tc-in"
+	tcOutPin  = "tc-out"
+	hostPin   = "tc-host"
+	kernelPin = "tc-kernel"
 )
 
 // SteeringConfig says where the steering program goes and whom frames belong to.
@@ -81,7 +82,8 @@ type Steering struct {
 	tc      *tcAttachment // nil: not attached by tc
 	host    *tcAttachment // to the host port; nil: not
 
-	beats []byte // mapping of the heartbeats map
+	beats []byte    // mapping of the heartbeats map
+	flows *ebpf.Map // one of maps, for workers: they stop before Close
 
 	mu      sync.Mutex // guards all below
 	cfg     bpf.SteerSteerConfig
@@ -130,6 +132,7 @@ func OpenSteering(cfg SteeringConfig) (*Steering, error) {
 	if err := s.makeMaps(); err != nil {
 		return nil, errors.Join(err, s.release())
 	}
+	s.flows = s.maps[bpf.SteerMapFlows]
 	if err := s.configure(cfg, [6]byte(iface.HardwareAddr)); err != nil {
 		return nil, errors.Join(err, s.release())
 	}
@@ -204,7 +207,7 @@ func (s *Steering) configure(cfg SteeringConfig, mac [6]byte) error {
 	}
 	s.cfg.HeartbeatLimitNs = uint64(max(limit, 0))
 	s.cfg.Workers = uint32(cfg.Workers)
-	s.cfg.Flags &= flagTranslate
+	s.cfg.Flags &= flagTranslate | flagOutside
 	if cfg.Routed {
 		s.cfg.Flags |= flagRouted
 	}
@@ -228,7 +231,7 @@ func (s *Steering) Close() error {
 		errs = append(errs, s.tc.detach(s.ifindex))
 	}
 	if s.pinDir == "" && s.host != nil && s.host.classifier != nil {
-		errs = append(errs, s.host.classifier.Detach(s.host.device, bpf.TCProgOverplaneTcHost))
+		errs = append(errs, s.host.classifier.Detach(s.host.device, hostPrograms...), s.host.classifier.Detach(s.ifindex, hostPrograms...))
 	}
 	return errors.Join(append(errs, s.release())...)
 }
@@ -284,7 +287,7 @@ func Uninstall(pinDir string) error {
 		return fmt.Errorf("xdp: uninstalling: %w", err)
 	}
 	var errs []error
-	for _, pin := range []string{linkPin, tcInPin, tcOutPin, hostPin} {
+	for _, pin := range []string{linkPin, tcInPin, tcOutPin, hostPin, kernelPin} {
 		errs = append(errs, detachPinned(filepath.Join(pinDir, pin)))
 	}
 	for _, e := range entries {

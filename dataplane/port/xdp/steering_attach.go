@@ -207,7 +207,7 @@ func (s *Steering) sweepPins(links ...string) error {
 	}
 	for _, e := range entries {
 		name, isMap := strings.CutSuffix(e.Name(), layoutVersion)
-		if isMap && s.maps[name] != nil || e.Name() == hostPin || slices.Contains(links, e.Name()) {
+		if isMap && s.maps[name] != nil || e.Name() == hostPin || e.Name() == kernelPin || slices.Contains(links, e.Name()) {
 			continue
 		}
 		// A table of another version that nothing reads any more; one that stays is found next time.

@@ -14,10 +14,11 @@ import (
 	"github.com/overplane/overplane/dataplane/port/xdp/bpf"
 )
 
-// STEER_FLAG_ROUTED and STEER_FLAG_TRANSLATE.
+// STEER_FLAG_ROUTED, STEER_FLAG_TRANSLATE and STEER_FLAG_OUTSIDE.
 const (
 	flagRouted    = 1
 	flagTranslate = 2
+	flagOutside   = 4
 )
 
 // portWords is the number of entries of the bitmaps of ports: TCP's and UDP's.
@@ -206,7 +207,17 @@ func (s *Steering) SetUplinkMAC(mac [6]byte) error {
 	return s.change(func(cfg *bpf.SteerSteerConfig) error { copy(cfg.UplinkMac[:], mac[:]); return nil })
 }
 
-// SetGatewayMAC says whose frames for pods are accepted on a routed underlay. The zero address accepts none.
+// SetOutside says whether the gateway (SetGatewayMAC) may send pods packets from addresses that are no pods', whatever the underlay.
+func (s *Steering) SetOutside(on bool) error {
+	return s.change(func(cfg *bpf.SteerSteerConfig) error {
+		if cfg.Flags &^= flagOutside; on {
+			cfg.Flags |= flagOutside
+		}
+		return nil
+	})
+}
+
+// SetGatewayMAC says whose frames for pods are accepted on a routed underlay, and with SetOutside. The zero address accepts none.
 func (s *Steering) SetGatewayMAC(mac [6]byte) error {
 	return s.change(func(cfg *bpf.SteerSteerConfig) error { copy(cfg.GatewayMac[:], mac[:]); return nil })
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -17,8 +18,8 @@ import (
 // Classifier attaches tc programs where the kernel has no tcx links (before Linux 6.6): as cls_bpf filters of a clsact queueing discipline, in
 // direct-action mode, which stay until they are detached. Other filters of the interface must be left alone.
 type Classifier interface {
-	// Attach makes fd the ingress program of that name on the interface, in the place of an earlier one of that name.
-	Attach(ifindex, fd int, name string) error
+	// Attach makes fd the ingress or egress program of that name on the interface, in the place of an earlier one of that name.
+	Attach(ifindex, fd int, name string, egress bool) error
 	// Detach takes the programs of those names off the interface again. None, or no such interface, is no error.
 	Detach(ifindex int, names ...string) error
 }
@@ -29,6 +30,8 @@ type TCConfig struct {
 	Device int
 	// Classifier is used where tcx cannot be had; nil: it must be had.
 	Classifier Classifier
+	// Gateway is the Ethernet address that the data plane is known by behind the device. AttachHost.
+	Gateway [6]byte
 	// NoTCX goes to the Classifier without trying tcx.
 	NoTCX bool
 }
@@ -42,7 +45,10 @@ type tcAttachment struct {
 }
 
 // tcPrograms are the programs' names, in the kernel and as filters.
-var tcPrograms = []string{bpf.TCProgOverplaneTcIn, bpf.TCProgOverplaneTcOut}
+var (
+	tcPrograms   = []string{bpf.TCProgOverplaneTcIn, bpf.TCProgOverplaneTcOut}
+	hostPrograms = []string{bpf.TCProgOverplaneTcHost, bpf.TCProgOverplaneTcKernel} // those of AttachHost
+)
 
 // AttachTC puts the tc programs on the interface and on cfg.Device: frames that arrive by the interface and are ours are transmitted by the device, all that arrives by
 // the device is transmitted by the interface. Programs and filters of others stay; ours comes first on the interface and leaves to them what is not ours. Programs that an
@@ -52,7 +58,7 @@ func (s *Steering) AttachTC(cfg TCConfig) error {
 	if err := disableLRO(s.ifname); err != nil {
 		return err
 	}
-	coll, err := s.loadTC(cfg.Device)
+	coll, err := s.loadTC(cfg)
 	if err != nil {
 		return err
 	}
@@ -63,7 +69,7 @@ func (s *Steering) AttachTC(cfg TCConfig) error {
 	var refused error
 	if !cfg.NoTCX {
 		// The way out first: a worker that gets a frame can then answer it.
-		refused = errors.Join(s.attachTCX(tc, cfg.Device, out, tcOutPin), s.attachTCX(tc, s.ifindex, in, tcInPin))
+		refused = errors.Join(s.attachTCX(tc, cfg.Device, out, tcOutPin, ebpf.AttachTCXIngress), s.attachTCX(tc, s.ifindex, in, tcInPin, ebpf.AttachTCXIngress))
 		if refused == nil {
 			if s.pinDir != "" {
 				if err := s.pinMaps(); err != nil {
@@ -81,9 +87,9 @@ func (s *Steering) AttachTC(cfg TCConfig) error {
 		return errors.New("xdp: steering: neither tcx nor a classifier to attach by")
 	}
 	tc = &tcAttachment{device: cfg.Device, classifier: cfg.Classifier}
-	err = cfg.Classifier.Attach(cfg.Device, out.FD(), bpf.TCProgOverplaneTcOut)
+	err = cfg.Classifier.Attach(cfg.Device, out.FD(), bpf.TCProgOverplaneTcOut, false)
 	if err == nil {
-		err = cfg.Classifier.Attach(s.ifindex, in.FD(), bpf.TCProgOverplaneTcIn)
+		err = cfg.Classifier.Attach(s.ifindex, in.FD(), bpf.TCProgOverplaneTcIn, false)
 	}
 	if err == nil && s.pinDir != "" {
 		err = s.pinMaps()
@@ -94,18 +100,20 @@ func (s *Steering) AttachTC(cfg TCConfig) error {
 	return s.finishTC(tc)
 }
 
-// AttachHost puts the program on the host port by which frames that the steering could not tell apart, and that the data plane gives back, enter the kernel's stack by
-// the uplink. The data plane writes them to the host port as they came. A program that an earlier process of ours pinned is replaced.
+// AttachHost puts two programs beside the host port, cfg.Device. By the one on the device, frames that the steering could not tell apart, and that the data plane gives back, enter the
+// kernel's stack by the uplink; the data plane writes them to the host port as they came. By the one on the uplink's egress, frames with a pod's address that the kernel would send by the
+// uplink reach the data plane instead, by the host port. Programs that an earlier process of ours pinned are replaced.
 func (s *Steering) AttachHost(cfg TCConfig) error {
-	coll, err := s.loadTC(cfg.Device)
+	coll, err := s.loadTC(cfg)
 	if err != nil {
 		return err
 	}
 	defer coll.Close()
-	prog := coll.Programs[bpf.TCProgOverplaneTcHost]
+	back, kernel := coll.Programs[bpf.TCProgOverplaneTcHost], coll.Programs[bpf.TCProgOverplaneTcKernel]
 	tc := &tcAttachment{device: cfg.Device}
 	if !cfg.NoTCX {
-		if err = s.attachTCX(tc, cfg.Device, prog, hostPin); err == nil {
+		err = errors.Join(s.attachTCX(tc, cfg.Device, back, hostPin, ebpf.AttachTCXIngress), s.attachTCX(tc, s.ifindex, kernel, kernelPin, ebpf.AttachTCXEgress))
+		if err == nil {
 			s.setHost(tc)
 			return nil
 		}
@@ -119,8 +127,9 @@ func (s *Steering) AttachHost(cfg TCConfig) error {
 	if cfg.Classifier == nil {
 		return errors.New("xdp: steering: neither tcx nor a classifier to attach by")
 	}
-	if cerr := cfg.Classifier.Attach(cfg.Device, prog.FD(), bpf.TCProgOverplaneTcHost); cerr != nil {
-		return errors.Join(err, needs("attaching the steering to the host port as a filter", cerr, capNetAdmin))
+	if cerr := errors.Join(cfg.Classifier.Attach(cfg.Device, back.FD(), bpf.TCProgOverplaneTcHost, false),
+		cfg.Classifier.Attach(s.ifindex, kernel.FD(), bpf.TCProgOverplaneTcKernel, true)); cerr != nil {
+		return errors.Join(err, needs("attaching the steering beside the host port as filters", cerr, capNetAdmin))
 	}
 	tc.classifier, tc.links = cfg.Classifier, nil
 	s.setHost(tc)
@@ -134,17 +143,19 @@ func (s *Steering) setHost(tc *tcAttachment) {
 	s.host = tc
 }
 
-// TCPrograms are the names that AttachTC gives a [Classifier].
-func TCPrograms() []string { return append([]string{bpf.TCProgOverplaneTcHost}, tcPrograms...) }
+// TCPrograms are the names that AttachTC and AttachHost give a [Classifier].
+func TCPrograms() []string { return slices.Concat(hostPrograms, tcPrograms) }
 
 // loadTC loads the programs over the tables, aimed at the interfaces.
-func (s *Steering) loadTC(device int) (*ebpf.Collection, error) {
+func (s *Steering) loadTC(cfg TCConfig) (*ebpf.Collection, error) {
 	spec, err := bpf.LoadTC()
 	if err != nil {
 		return nil, fmt.Errorf("xdp: steering programs: %w", err)
 	}
-	for name, index := range map[string]int{bpf.TCVarUplinkIfindex: s.ifindex, bpf.TCVarDeviceIfindex: device} {
-		if err := spec.Variables[name].Set(uint32(index)); err != nil {
+	var gateway [8]byte
+	copy(gateway[:], cfg.Gateway[:])
+	for name, value := range map[string]any{bpf.TCVarUplinkIfindex: uint32(s.ifindex), bpf.TCVarDeviceIfindex: uint32(cfg.Device), bpf.TCVarHostGateway: gateway} {
+		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("xdp: steering programs: %s: %w", name, err)
 		}
 	}
@@ -161,8 +172,8 @@ func (s *Steering) loadTC(device int) (*ebpf.Collection, error) {
 	return coll, nil
 }
 
-// attachTCX makes prog an ingress program of the interface: by the pinned link if there is one, else by a new one, before all others.
-func (s *Steering) attachTCX(tc *tcAttachment, ifindex int, prog *ebpf.Program, pin string) error {
+// attachTCX makes prog an ingress or egress program of the interface: by the pinned link if there is one, else by a new one, before all others.
+func (s *Steering) attachTCX(tc *tcAttachment, ifindex int, prog *ebpf.Program, pin string, where ebpf.AttachType) error {
 	path := filepath.Join(s.pinDir, pin)
 	if s.pinDir != "" {
 		l, err := adoptTCX(path, ifindex)
@@ -178,7 +189,7 @@ func (s *Steering) attachTCX(tc *tcAttachment, ifindex int, prog *ebpf.Program, 
 			return nil
 		}
 	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: prog, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
+	l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: prog, Attach: where, Anchor: link.Head()})
 	if err != nil {
 		return needs(fmt.Sprintf("attaching to interface %d by tcx", ifindex), err, capNetAdmin)
 	}

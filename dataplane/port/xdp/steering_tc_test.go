@@ -74,7 +74,7 @@ func TestTCDecisionAgainstModel(t *testing.T) {
 		s := j.open(t, "")
 		defer func() { require.NoError(t, s.Close()) }()
 		require.NoError(t, s.SetHeartbeatLimit(0))
-		coll, err := s.loadTC(j.device)
+		coll, err := s.loadTC(TCConfig{Device: j.device})
 		require.NoError(t, err)
 		defer coll.Close()
 		seed := rand.Uint64()
@@ -83,7 +83,10 @@ func TestTCDecisionAgainstModel(t *testing.T) {
 		for round := range 20 {
 			m := randomModel(rng, j.nearMAC)
 			m.routed = false
+			require.NoError(t, s.SetGatewayMAC(m.gateway))
+			require.NoError(t, s.SetOutside(m.outside))
 			require.NoError(t, s.SetTranslation(m.translation))
+			setFlows(t, s, m.flows)
 			require.NoError(t, s.SetPodCIDRs(m.cidrs))
 			var members [][6]byte
 			for mac := range m.members {
@@ -333,7 +336,7 @@ type brokenClassifier struct {
 	detached map[int]bool
 }
 
-func (b *brokenClassifier) Attach(_, _ int, name string) error {
+func (b *brokenClassifier) Attach(_, _ int, name string, _ bool) error {
 	b.attached = append(b.attached, name)
 	if len(b.attached) == 2 {
 		return os.ErrInvalid

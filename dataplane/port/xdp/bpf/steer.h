@@ -8,7 +8,8 @@
  *	                                                                 | no
  *	                                                                 v
  *	                                              for the node's address? -> TCP, UDP to a translated port? -> ours
- *	                                                   no: pass          |-> a fragment, an ICMP error,
+ *	                                                   no: pass          |-> SCTP, ESP, GRE of a translated flow? -> ours
+ *	                                                                     |-> a fragment, an ICMP error,
  *	                                                                     |   an echo reply in the range? -> ours or the host's: the data plane
  *	                                                                     |                                  finds out and gives back
  *	                                                                     `-> else: pass
@@ -35,10 +36,17 @@
 #define STEER_PORT_WORDS (65536 / 64) /* of one protocol's bitmap of ports */
 
 #define STEER_FLAG_ROUTED 1	  /* the gateway is the only Ethernet neighbour that may send us pods' packets */
+#define STEER_FLAG_OUTSIDE 4	  /* the gateway may send pods packets from addresses that are no pods' */
 #define STEER_FLAG_TRANSLATE 2	  /* packets for node4 and node6 may be replies to translated ones */
+
+#define STEER_MAX_FLOWS 65536	  /* translated flows of protocols without ports of ours */
+#define STEER_MAX_EXTENSIONS 4	  /* IPv6 extension headers that are looked behind, in at most */
+#define STEER_EXTENSION_BYTES 256 /* so many bytes */
 
 /* The mark of frames that the data plane gave back to the host: they pass. */
 #define STEER_MARK_HOST 0x0b5e0001
+/* The mark of frames that workers send by a device of the TUN/TAP driver. */
+#define STEER_MARK_OUT 0x0b5e0002
 
 /* Index of the per-CPU counters. The Go side has the same list (counterNames); a test compares the two. */
 enum steer_counter {
@@ -53,6 +61,8 @@ enum steer_counter {
 
 /* Verdict, no counter: redirected while somebody is there to tell, passed otherwise. */
 #define STEER_ASK 100
+/* Verdict, no counter: more of the frame must be readable; passed where that cannot be had. */
+#define STEER_MORE 101
 
 struct steer_prefix4 {
 	__u32 addr; /* network byte order, as loaded from a header */
@@ -82,6 +92,15 @@ struct steer_config {
 
 struct steer_mac {
 	__u8 addr[8]; /* 6 bytes and 2 of zero */
+};
+
+/* A translated flow that is recognised by more than a port of the node's: its far end, as packets from there show it, network byte order. */
+struct steer_flow {
+	__u64 remote[2]; /* IPv4: the address in the first 4 bytes, and zeros */
+	__u16 remote_port, node_port; /* SCTP; else 0 */
+	__u8 proto;
+	__u8 family; /* 4 or 6 */
+	__u16 zero;
 };
 
 /*
@@ -118,6 +137,15 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } ports SEC(".maps");
+
+/* Flows of SCTP, ESP and GRE that workers translate. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, STEER_MAX_FLOWS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct steer_flow);
+	__type(value, __u32);
+} flows SEC(".maps");
 
 /* CLOCK_MONOTONIC nanoseconds of each worker's last beat, written through a shared mapping. */
 struct {
@@ -183,28 +211,37 @@ static __always_inline int steer_in_prefixes6(const struct steer_config *cfg, __
 	return 0;
 }
 
-/* steer_translated decides on a frame for the node's address by its L4 header. */
-static __always_inline __u32 steer_translated(const struct steer_config *cfg, __u8 proto, void *l4, void *data_end)
+/* steer_translated decides on a frame for the node's address by its L4 header. flow holds the far end's address. */
+static __always_inline __u32 steer_translated(const struct steer_config *cfg, struct steer_flow *flow, void *l4, void *data_end)
 {
-	__u8 *h = l4;
+	__u8 *h = l4, proto = flow->proto;
 	__u16 id;
 
 	if (l4 + 8 > data_end)
 		return STEER_PASSED;
-	if (proto == IPPROTO_TCP || proto == IPPROTO_UDP) {
+	switch (proto) {
+	case IPPROTO_TCP:
+	case IPPROTO_UDP: {
 		__u16 port = bpf_ntohs(*(__u16 *)(l4 + 2));
 		__u32 word = (port >> 6) + (proto == IPPROTO_UDP ? STEER_PORT_WORDS : 0);
 		__u64 *bits = bpf_map_lookup_elem(&ports, &word);
 
 		return bits && (*(volatile __u64 *)bits >> (port & 63) & 1) ? STEER_REDIRECTED : STEER_PASSED;
 	}
-	id = bpf_ntohs(*(__u16 *)(l4 + 4));
-	if (proto == IPPROTO_ICMP) {
+	case IPPROTO_SCTP:
+		flow->remote_port = *(__u16 *)l4;
+		flow->node_port = *(__u16 *)(l4 + 2);
+		/* fallthrough */
+	case IPPROTO_ESP:
+	case IPPROTO_GRE:
+		return bpf_map_lookup_elem(&flows, flow) ? STEER_REDIRECTED : STEER_PASSED;
+	case IPPROTO_ICMP:
+		id = bpf_ntohs(*(__u16 *)(l4 + 4));
 		if (h[0] == 3 || h[0] == 4 || h[0] == 11 || h[0] == 12)
 			return STEER_ASK;
 		return h[0] == 0 && id >= cfg->echo_first && id <= cfg->echo_last ? STEER_ASK : STEER_PASSED;
-	}
-	if (proto == IPPROTO_ICMPV6) {
+	case IPPROTO_ICMPV6:
+		id = bpf_ntohs(*(__u16 *)(l4 + 4));
 		if (h[0] >= 1 && h[0] <= 4)
 			return STEER_ASK;
 		return h[0] == 129 && id >= cfg->echo_first && id <= cfg->echo_last ? STEER_ASK : STEER_PASSED;
@@ -212,32 +249,59 @@ static __always_inline __u32 steer_translated(const struct steer_config *cfg, __
 	return STEER_PASSED;
 }
 
-/* steer_node4 and steer_node6 decide on frames without pod addresses. IPv6 extension headers other than the fragment header are the host's. */
+/* steer_node4 and steer_node6 decide on frames without pod addresses. */
 static __always_inline __u32 steer_node4(const struct steer_config *cfg, void *ip, void *data_end)
 {
 	__u32 size = (*(__u8 *)ip & 15) * 4;
+	struct steer_flow flow = {};
 
 	if (!(cfg->flags & STEER_FLAG_TRANSLATE) || !cfg->node4 || *(__u32 *)(ip + 16) != cfg->node4 || size < 20)
 		return STEER_PASSED;
 	if (*(__u16 *)(ip + 6) & bpf_htons(0x3fff))
 		return STEER_ASK;
-	return steer_translated(cfg, *(__u8 *)(ip + 9), ip + size, data_end);
+	*(__u32 *)flow.remote = *(__u32 *)(ip + 12);
+	flow.family = 4;
+	flow.proto = *(__u8 *)(ip + 9);
+	return steer_translated(cfg, &flow, ip + size, data_end);
 }
 
 static __always_inline __u32 steer_node6(const struct steer_config *cfg, void *ip, void *data_end)
 {
 	__u8 next = *(__u8 *)(ip + 6);
+	struct steer_flow flow = {};
+	__u32 off = 40;
 
 	if (!(cfg->flags & STEER_FLAG_TRANSLATE) || !(cfg->node6[0] | cfg->node6[1]) || *(__u64 *)(ip + 24) != cfg->node6[0] ||
 	    *(__u64 *)(ip + 32) != cfg->node6[1])
 		return STEER_PASSED;
+#pragma unroll
+	for (int i = 0; i < STEER_MAX_EXTENSIONS; i++) {
+		void *x = ip + off;
+
+		/* A routing header is not for the data plane, which refuses them. */
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_DSTOPTS && next != IPPROTO_AH)
+			break;
+		if (x + 8 > data_end)
+			return STEER_MORE;
+		off += next == IPPROTO_AH ? (*(__u8 *)(x + 1) + 2) * 4 : (*(__u8 *)(x + 1) + 1) * 8;
+		if (off > 40 + STEER_EXTENSION_BYTES)
+			return STEER_PASSED;
+		next = *(__u8 *)x;
+	}
 	if (next == IPPROTO_FRAGMENT)
 		return STEER_ASK;
-	return steer_translated(cfg, next, ip + 40, data_end);
+	if (off > 40 && ip + off + 8 > data_end)
+		return STEER_MORE;
+	flow.remote[0] = *(__u64 *)(ip + 8);
+	flow.remote[1] = *(__u64 *)(ip + 16);
+	flow.family = 6;
+	flow.proto = next;
+	return steer_translated(cfg, &flow, ip + off, data_end);
 }
 
 /*
- * steer_decide returns STEER_REDIRECTED for a frame that is ours, STEER_ASK for one that may be, or the counter that says what else becomes of it. A frame too short to
+ * steer_decide returns STEER_REDIRECTED for a frame that is ours, STEER_ASK for one that may be, STEER_MORE if
+ * it ends too early, or the counter that says what else becomes of it. A frame too short to
  * tell passes: the host's stack refuses it. Tagged frames belong to VLAN devices of the host and pass.
  */
 static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *data, void *data_end)
@@ -275,6 +339,9 @@ static __always_inline __u32 steer_decide(const struct steer_config *cfg, void *
 	if (!src_is_pod && !dst_is_pod)
 		return otherwise;
 
+	/* What outside sees pods' own addresses answers to them; the data plane knows who that is. */
+	if ((cfg->flags & STEER_FLAG_OUTSIDE) && !src_is_pod && steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))
+		return STEER_REDIRECTED;
 	if (cfg->flags & STEER_FLAG_ROUTED) {
 		if (!src_is_pod || !steer_mac_equal(data + ETH_ALEN, cfg->gateway_mac))
 			return STEER_DROPPED_NOT_MEMBER;

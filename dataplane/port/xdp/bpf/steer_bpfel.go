@@ -30,6 +30,16 @@ type SteerSteerConfig struct {
 	Node6            [2]uint64
 }
 
+type SteerSteerFlow struct {
+	_          structs.HostLayout
+	Remote     [2]uint64
+	RemotePort uint16
+	NodePort   uint16
+	Proto      uint8
+	Family     uint8
+	Zero       uint16
+}
+
 type SteerSteerMac struct {
 	_    structs.HostLayout
 	Addr [8]uint8
@@ -54,6 +64,7 @@ const (
 	SteerMapActive             = "active"
 	SteerMapConfig             = "config"
 	SteerMapCounters           = "counters"
+	SteerMapFlows              = "flows"
 	SteerMapHeartbeats         = "heartbeats"
 	SteerMapMembers            = "members"
 	SteerMapPorts              = "ports"
@@ -115,6 +126,7 @@ type SteerMapSpecs struct {
 	Active     *ebpf.MapSpec `ebpf:"active"`
 	Config     *ebpf.MapSpec `ebpf:"config"`
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
 	Heartbeats *ebpf.MapSpec `ebpf:"heartbeats"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
@@ -150,6 +162,7 @@ type SteerMaps struct {
 	Active     *ebpf.Map `ebpf:"active"`
 	Config     *ebpf.Map `ebpf:"config"`
 	Counters   *ebpf.Map `ebpf:"counters"`
+	Flows      *ebpf.Map `ebpf:"flows"`
 	Heartbeats *ebpf.Map `ebpf:"heartbeats"`
 	Members    *ebpf.Map `ebpf:"members"`
 	Ports      *ebpf.Map `ebpf:"ports"`
@@ -161,6 +174,7 @@ func (m *SteerMaps) Close() error {
 		m.Active,
 		m.Config,
 		m.Counters,
+		m.Flows,
 		m.Heartbeats,
 		m.Members,
 		m.Ports,

@@ -18,6 +18,11 @@
  *	                      v
  *	                 kernel's stack
  *
+ *	kernel's stack -> uplink's egress --- with a pod's source ---> host port, transmitted = readable by a worker
+ *	                      | else
+ *	                      v
+ *	                    wire
+ *
  * A frame keeps its Ethernet header, its GSO metadata and its unfinished checksum both ways, and no kernel table is asked. Without a
  * reader the device has no carrier and drops.
  */
@@ -30,8 +35,10 @@
 /* Set before loading. */
 volatile const __u32 uplink_ifindex;
 volatile const __u32 device_ifindex;
+volatile const __u8 host_gateway[8]; /* the data plane's Ethernet address at the host port, 6 bytes and 2 of zero */
 
-#define STEER_HEADERS (ETH_HLEN + 60 + 8) /* what steer_decide reads at most */
+#define STEER_HEADERS (ETH_HLEN + 60 + 8) /* what steer_decide reads at most, IPv6 extension headers aside */
+#define STEER_ALL_HEADERS (ETH_HLEN + 40 + STEER_EXTENSION_BYTES + 8)
 
 SEC("tc")
 int overplane_tc_in(struct __sk_buff *skb)
@@ -61,6 +68,14 @@ int overplane_tc_in(struct __sk_buff *skb)
 		data_end = (void *)(long)skb->data_end;
 	}
 	verdict = steer_decide(cfg, data, data_end);
+	if (verdict == STEER_MORE) {
+		__u32 want = skb->len < STEER_ALL_HEADERS ? skb->len : STEER_ALL_HEADERS;
+
+		bpf_skb_pull_data(skb, want);
+		verdict = steer_decide(cfg, (void *)(long)skb->data, (void *)(long)skb->data_end);
+		if (verdict == STEER_MORE)
+			verdict = STEER_PASSED;
+	}
 	ask = verdict == STEER_ASK;
 	if (ask)
 		verdict = STEER_REDIRECTED;
@@ -81,7 +96,48 @@ int overplane_tc_in(struct __sk_buff *skb)
 SEC("tc")
 int overplane_tc_out(struct __sk_buff *skb)
 {
+	skb->mark = STEER_MARK_OUT;
 	return bpf_redirect(uplink_ifindex, 0);
+}
+
+/*
+ * Frames that the kernel itself sends by the uplink with a pod's address: to a service whose backend is another node, or somewhere outside, which the kernel routes by
+ * the uplink. The data plane is to send them, since it alone knows that their replies must come back to the kernel.
+ */
+SEC("tc")
+int overplane_tc_kernel(struct __sk_buff *skb)
+{
+	struct steer_config *cfg = steer_get_config();
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	int pod = 0;
+	__u16 proto;
+
+	if (!cfg)
+		return ACT_NEXT;
+	if (skb->mark == STEER_MARK_OUT) { /* a worker's */
+		skb->mark = 0;
+		return ACT_NEXT;
+	}
+	if (skb->vlan_present)
+		return ACT_NEXT;
+	if (data + ETH_HLEN + 40 > data_end) {
+		__u32 want = skb->len < ETH_HLEN + 40 ? skb->len : ETH_HLEN + 40;
+
+		bpf_skb_pull_data(skb, want);
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+	}
+	if (data + ETH_HLEN + 20 > data_end)
+		return ACT_NEXT;
+	proto = *(__u16 *)(data + 12);
+	if (proto == bpf_htons(ETH_P_IP))
+		pod = steer_in_prefixes4(cfg, *(__u32 *)(data + ETH_HLEN + 12));
+	else if (proto == bpf_htons(ETH_P_IPV6) && data + ETH_HLEN + 40 <= data_end)
+		pod = steer_in_prefixes6(cfg, *(__u64 *)(data + ETH_HLEN + 8), *(__u64 *)(data + ETH_HLEN + 16));
+	if (!pod)
+		return ACT_NEXT;
+	bpf_skb_store_bytes(skb, 0, (const void *)host_gateway, ETH_ALEN, 0);
+	return bpf_redirect(device_ifindex, 0);
 }
 
 /*

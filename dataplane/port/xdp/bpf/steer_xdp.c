@@ -24,6 +24,8 @@ static __always_inline int steer_xdp(struct xdp_md *ctx)
 	if (!cfg)
 		return XDP_PASS;
 	verdict = steer_decide(cfg, data, data_end);
+	if (verdict == STEER_MORE)
+		verdict = STEER_PASSED;
 	ask = verdict == STEER_ASK;
 	if (ask)
 		verdict = STEER_REDIRECTED;

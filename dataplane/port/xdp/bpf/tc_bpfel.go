@@ -16,17 +16,20 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	TCMapActive           = "active"
-	TCMapConfig           = "config"
-	TCMapCounters         = "counters"
-	TCMapHeartbeats       = "heartbeats"
-	TCMapMembers          = "members"
-	TCMapPorts            = "ports"
-	TCProgOverplaneTcHost = "overplane_tc_host"
-	TCProgOverplaneTcIn   = "overplane_tc_in"
-	TCProgOverplaneTcOut  = "overplane_tc_out"
-	TCVarDeviceIfindex    = "device_ifindex"
-	TCVarUplinkIfindex    = "uplink_ifindex"
+	TCMapActive             = "active"
+	TCMapConfig             = "config"
+	TCMapCounters           = "counters"
+	TCMapFlows              = "flows"
+	TCMapHeartbeats         = "heartbeats"
+	TCMapMembers            = "members"
+	TCMapPorts              = "ports"
+	TCProgOverplaneTcHost   = "overplane_tc_host"
+	TCProgOverplaneTcIn     = "overplane_tc_in"
+	TCProgOverplaneTcKernel = "overplane_tc_kernel"
+	TCProgOverplaneTcOut    = "overplane_tc_out"
+	TCVarDeviceIfindex      = "device_ifindex"
+	TCVarHostGateway        = "host_gateway"
+	TCVarUplinkIfindex      = "uplink_ifindex"
 )
 
 // LoadTC returns the embedded CollectionSpec for TC.
@@ -71,9 +74,10 @@ type TCSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type TCProgramSpecs struct {
-	OverplaneTcHost *ebpf.ProgramSpec `ebpf:"overplane_tc_host"`
-	OverplaneTcIn   *ebpf.ProgramSpec `ebpf:"overplane_tc_in"`
-	OverplaneTcOut  *ebpf.ProgramSpec `ebpf:"overplane_tc_out"`
+	OverplaneTcHost   *ebpf.ProgramSpec `ebpf:"overplane_tc_host"`
+	OverplaneTcIn     *ebpf.ProgramSpec `ebpf:"overplane_tc_in"`
+	OverplaneTcKernel *ebpf.ProgramSpec `ebpf:"overplane_tc_kernel"`
+	OverplaneTcOut    *ebpf.ProgramSpec `ebpf:"overplane_tc_out"`
 }
 
 // TCMapSpecs contains maps before they are loaded into the kernel.
@@ -83,6 +87,7 @@ type TCMapSpecs struct {
 	Active     *ebpf.MapSpec `ebpf:"active"`
 	Config     *ebpf.MapSpec `ebpf:"config"`
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
 	Heartbeats *ebpf.MapSpec `ebpf:"heartbeats"`
 	Members    *ebpf.MapSpec `ebpf:"members"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
@@ -93,6 +98,7 @@ type TCMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type TCVariableSpecs struct {
 	DeviceIfindex *ebpf.VariableSpec `ebpf:"device_ifindex"`
+	HostGateway   *ebpf.VariableSpec `ebpf:"host_gateway"`
 	UplinkIfindex *ebpf.VariableSpec `ebpf:"uplink_ifindex"`
 }
 
@@ -119,6 +125,7 @@ type TCMaps struct {
 	Active     *ebpf.Map `ebpf:"active"`
 	Config     *ebpf.Map `ebpf:"config"`
 	Counters   *ebpf.Map `ebpf:"counters"`
+	Flows      *ebpf.Map `ebpf:"flows"`
 	Heartbeats *ebpf.Map `ebpf:"heartbeats"`
 	Members    *ebpf.Map `ebpf:"members"`
 	Ports      *ebpf.Map `ebpf:"ports"`
@@ -129,6 +136,7 @@ func (m *TCMaps) Close() error {
 		m.Active,
 		m.Config,
 		m.Counters,
+		m.Flows,
 		m.Heartbeats,
 		m.Members,
 		m.Ports,
@@ -140,6 +148,7 @@ func (m *TCMaps) Close() error {
 // It can be passed to LoadTCObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TCVariables struct {
 	DeviceIfindex *ebpf.Variable `ebpf:"device_ifindex"`
+	HostGateway   *ebpf.Variable `ebpf:"host_gateway"`
 	UplinkIfindex *ebpf.Variable `ebpf:"uplink_ifindex"`
 }
 
@@ -147,15 +156,17 @@ type TCVariables struct {
 //
 // It can be passed to LoadTCObjects or ebpf.CollectionSpec.LoadAndAssign.
 type TCPrograms struct {
-	OverplaneTcHost *ebpf.Program `ebpf:"overplane_tc_host"`
-	OverplaneTcIn   *ebpf.Program `ebpf:"overplane_tc_in"`
-	OverplaneTcOut  *ebpf.Program `ebpf:"overplane_tc_out"`
+	OverplaneTcHost   *ebpf.Program `ebpf:"overplane_tc_host"`
+	OverplaneTcIn     *ebpf.Program `ebpf:"overplane_tc_in"`
+	OverplaneTcKernel *ebpf.Program `ebpf:"overplane_tc_kernel"`
+	OverplaneTcOut    *ebpf.Program `ebpf:"overplane_tc_out"`
 }
 
 func (p *TCPrograms) Close() error {
 	return _TCClose(
 		p.OverplaneTcHost,
 		p.OverplaneTcIn,
+		p.OverplaneTcKernel,
 		p.OverplaneTcOut,
 	)
 }

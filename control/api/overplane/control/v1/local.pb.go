@@ -2247,10 +2247,11 @@ type Session struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Protocol string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	// inside, external and remote are addresses with ports, e.g. "10.244.1.2:4711" and "[fd00::1]:53"; the port of ICMP is the identifier.
-	Inside     string `protobuf:"bytes,2,opt,name=inside,proto3" json:"inside,omitempty"`
-	External   string `protobuf:"bytes,3,opt,name=external,proto3" json:"external,omitempty"`
-	Remote     string `protobuf:"bytes,4,opt,name=remote,proto3" json:"remote,omitempty"`
-	Pod        string `protobuf:"bytes,5,opt,name=pod,proto3" json:"pod,omitempty"`
+	Inside   string `protobuf:"bytes,2,opt,name=inside,proto3" json:"inside,omitempty"`
+	External string `protobuf:"bytes,3,opt,name=external,proto3" json:"external,omitempty"`
+	Remote   string `protobuf:"bytes,4,opt,name=remote,proto3" json:"remote,omitempty"`
+	Pod      string `protobuf:"bytes,5,opt,name=pod,proto3" json:"pod,omitempty"`
+	// state is opening, established, closing or reset for TCP, else active; pinned is a flow that the node's kernel translated: external is empty.
 	State      string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
 	AgeSeconds uint64 `protobuf:"varint,7,opt,name=age_seconds,json=ageSeconds,proto3" json:"age_seconds,omitempty"`
 	// left_seconds is until the session ends if nothing comes.
@@ -2422,9 +2423,12 @@ type GetSnatResponse struct {
 	Workers      []*SnatWorker `protobuf:"bytes,9,rep,name=workers,proto3" json:"workers,omitempty"`
 	Pods         []*SnatPod    `protobuf:"bytes,10,rep,name=pods,proto3" json:"pods,omitempty"`
 	// saturated are the pairs of pod and destination that use four fifths or more of the ports that the pod may have at the moment.
-	Saturated     []*SnatDestination `protobuf:"bytes,11,rep,name=saturated,proto3" json:"saturated,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Saturated []*SnatDestination `protobuf:"bytes,11,rep,name=saturated,proto3" json:"saturated,omitempty"`
+	// no_masquerade_cidrs see pods' own addresses: those of the desired state and those of no_masquerade_files.
+	NoMasqueradeCidrs []string `protobuf:"bytes,12,rep,name=no_masquerade_cidrs,json=noMasqueradeCidrs,proto3" json:"no_masquerade_cidrs,omitempty"`
+	NoMasqueradeFiles []string `protobuf:"bytes,13,rep,name=no_masquerade_files,json=noMasqueradeFiles,proto3" json:"no_masquerade_files,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *GetSnatResponse) Reset() {
@@ -2534,6 +2538,20 @@ func (x *GetSnatResponse) GetSaturated() []*SnatDestination {
 	return nil
 }
 
+func (x *GetSnatResponse) GetNoMasqueradeCidrs() []string {
+	if x != nil {
+		return x.NoMasqueradeCidrs
+	}
+	return nil
+}
+
+func (x *GetSnatResponse) GetNoMasqueradeFiles() []string {
+	if x != nil {
+		return x.NoMasqueradeFiles
+	}
+	return nil
+}
+
 // SnatWorker is one worker's translator.
 type SnatWorker struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
@@ -2552,7 +2570,12 @@ type SnatWorker struct {
 	ErrorsIn      uint64 `protobuf:"varint,12,opt,name=errors_in,json=errorsIn,proto3" json:"errors_in,omitempty"`
 	ErrorsOut     uint64 `protobuf:"varint,13,opt,name=errors_out,json=errorsOut,proto3" json:"errors_out,omitempty"`
 	// handed_over counts packets that arrived here and belong to other workers' sessions.
-	HandedOver    uint64 `protobuf:"varint,14,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"`
+	HandedOver uint64 `protobuf:"varint,14,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"`
+	// pins are flows that the node's kernel translated and whose replies return to it.
+	Pins uint32 `protobuf:"varint,15,opt,name=pins,proto3" json:"pins,omitempty"`
+	// flushed is how many sessions ended because the node's address changed, host_port because a socket of the node took their port.
+	Flushed       uint64 `protobuf:"varint,16,opt,name=flushed,proto3" json:"flushed,omitempty"`
+	HostPort      uint64 `protobuf:"varint,17,opt,name=host_port,json=hostPort,proto3" json:"host_port,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2681,6 +2704,27 @@ func (x *SnatWorker) GetErrorsOut() uint64 {
 func (x *SnatWorker) GetHandedOver() uint64 {
 	if x != nil {
 		return x.HandedOver
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetPins() uint32 {
+	if x != nil {
+		return x.Pins
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetFlushed() uint64 {
+	if x != nil {
+		return x.Flushed
+	}
+	return 0
+}
+
+func (x *SnatWorker) GetHostPort() uint64 {
+	if x != nil {
+		return x.HostPort
 	}
 	return 0
 }
@@ -3082,7 +3126,7 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"packets_in\x18\n" +
 	" \x01(\rR\tpacketsIn\x12\x16\n" +
 	"\x06worker\x18\v \x01(\rR\x06worker\"\x10\n" +
-	"\x0eGetSnatRequest\"\xa9\x03\n" +
+	"\x0eGetSnatRequest\"\x89\x04\n" +
 	"\x0fGetSnatResponse\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
 	"\amapping\x18\x02 \x01(\tR\amapping\x12\x12\n" +
@@ -3096,7 +3140,9 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\aworkers\x18\t \x03(\v2 .overplane.control.v1.SnatWorkerR\aworkers\x121\n" +
 	"\x04pods\x18\n" +
 	" \x03(\v2\x1d.overplane.control.v1.SnatPodR\x04pods\x12C\n" +
-	"\tsaturated\x18\v \x03(\v2%.overplane.control.v1.SnatDestinationR\tsaturated\"\xc3\x03\n" +
+	"\tsaturated\x18\v \x03(\v2%.overplane.control.v1.SnatDestinationR\tsaturated\x12.\n" +
+	"\x13no_masquerade_cidrs\x18\f \x03(\tR\x11noMasqueradeCidrs\x12.\n" +
+	"\x13no_masquerade_files\x18\r \x03(\tR\x11noMasqueradeFiles\"\x8e\x04\n" +
 	"\n" +
 	"SnatWorker\x12\x16\n" +
 	"\x06worker\x18\x01 \x01(\rR\x06worker\x12#\n" +
@@ -3117,7 +3163,10 @@ const file_overplane_control_v1_local_proto_rawDesc = "" +
 	"\n" +
 	"errors_out\x18\r \x01(\x04R\terrorsOut\x12\x1f\n" +
 	"\vhanded_over\x18\x0e \x01(\x04R\n" +
-	"handedOver\"\xa3\x02\n" +
+	"handedOver\x12\x12\n" +
+	"\x04pins\x18\x0f \x01(\rR\x04pins\x12\x18\n" +
+	"\aflushed\x18\x10 \x01(\x04R\aflushed\x12\x1b\n" +
+	"\thost_port\x18\x11 \x01(\x04R\bhostPort\"\xa3\x02\n" +
 	"\aSnatPod\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\tR\x03pod\x12#\n" +
 	"\rsessions_ipv4\x18\x02 \x01(\rR\fsessionsIpv4\x12#\n" +
