@@ -79,11 +79,11 @@ test-deb: ## build the packages; install, upgrade, remove and purge them in a fo
 .PHONY: bench
 bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
 	@go test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime '$(BENCHTIME)' -timeout 60m \
-		$$(grep -rlE '^func Benchmark' --include='*_test.go' cmd control dataplane ipam snat test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
+		$$(grep -rlE '^func Benchmark' --include='*_test.go' bench cmd control dataplane ipam snat test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME=10s
-	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane ipam snat test | sort | while IFS=: read -r file func; do \
+	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' bench cmd control dataplane ipam snat test | sort | while IFS=: read -r file func; do \
 		echo "== $${func#func } in $$(dirname $$file)"; \
 		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 5x ./$$(dirname $$file) </dev/null; \
 	done
