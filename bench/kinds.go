@@ -14,3 +14,11 @@ var (
 	overplaneVethXDP = rig.Overplane("veth", "xdp-copy")
 	overplaneVethTUN = rig.Overplane("veth", "tun")
 )
+
+// outside are those that are measured from a pod to outside the cluster.
+func outside(quick bool) []*rig.Kind {
+	if quick {
+		return []*rig.Kind{overplaneVethXDP, overplaneTUN}
+	}
+	return []*rig.Kind{overplaneVethXDP, overplaneXDP, overplaneTUN}
+}

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -27,22 +28,77 @@ func (c ppsCase) String() string { return fmt.Sprintf("frame=%d/flows=%d", c.siz
 
 func runPPS(ctx context.Context, r *Runner) error {
 	cases := []ppsCase{{64, 1}, {64, 1000}, {64, 100000}, {256, 1}, {512, 1}, {1024, 1}, {1514, 1}}
+	away := []ppsCase{{64, 1}, {64, 1000}, {64, 10000}}
 	if r.Quick {
 		cases = []ppsCase{{64, 1}, {64, 1000}, {1514, 1}}
+		away = []ppsCase{{64, 1000}}
 	}
-	kinds := r.kinds(rig.Kinds(overplaneVeth, overplaneTAP)...)
-	spec := rig.Spec{Topology: rig.SameNode, Frames: true}
-	return r.with(ctx, "pps", kinds, spec, func(systems []*rig.System) error {
-		for _, c := range cases {
-			if err := r.flood(ctx, "same-node/"+c.String(), c, systems); err != nil {
+	stages := []struct {
+		name  string
+		spec  rig.Spec
+		kinds []*rig.Kind
+		cases []ppsCase
+	}{
+		{"same-node", rig.Spec{Topology: rig.SameNode, Frames: true}, rig.Kinds(overplaneVeth, overplaneTAP), cases},
+		{"outside", rig.Spec{Topology: rig.Outside, Link: rig.Wire, Frames: true}, rig.Kinds(outside(r.Quick)...), away},
+	}
+	for _, st := range stages {
+		err := r.with(ctx, "pps", r.kinds(st.kinds...), st.spec, func(systems []*rig.System) error {
+			for _, c := range st.cases {
+				if err := r.flood(ctx, st.name+"/"+c.String(), c, systems); err != nil {
+					return err
+				}
+			}
+			first := st.cases[0]
+			name := st.name + "/" + first.String()
+			if err := r.cpuCost(ctx, name, first, systems); err != nil {
 				return err
 			}
-		}
-		if err := r.cpuCost(ctx, "same-node/"+cases[0].String(), cases[0], systems); err != nil {
+			if err := r.noLoss(ctx, name, first, systems); err != nil || r.Quick {
+				return err
+			}
+			return r.sweep(ctx, name, first, systems)
+		})
+		if err != nil {
 			return err
 		}
-		return r.noLoss(ctx, "same-node/"+cases[0].String(), cases[0], systems)
-	})
+	}
+	return nil
+}
+
+// sweepRates are the loads of a curve, packets a second.
+var sweepRates = []float64{25e3, 50e3, 100e3, 200e3, 300e3, 400e3, 500e3, 600e3, 800e3, 1e6, 1.25e6, 1.5e6}
+
+// sweep measures loss and age over a range of rates, once for each system.
+func (r *Runner) sweep(ctx context.Context, name string, c ppsCase, systems []*rig.System) error {
+	r.Log("  pps %s: loss and age over %d rates", name, len(sweepRates))
+	for _, s := range systems {
+		curve := &result.Curve{Scenario: "pps", Case: name, System: s.Name}
+		err := s.Resume()
+		for _, rate := range sweepRates {
+			var m shot
+			if err == nil {
+				m, err = r.shoot(ctx, name, c, s, rate, r.Span)
+			}
+			if err != nil {
+				break
+			}
+			curve.Points = append(curve.Points, result.Point{Offered: m.sent(), Received: m.rate(), Loss: m.loss(),
+				P50: m.received.Quantile(0.5), P99: m.received.Quantile(0.99), P999: m.received.Quantile(0.999)})
+			if m.sent() < 0.8*rate {
+				break // the generator has no more
+			}
+		}
+		err = errors.Join(err, s.Pause())
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			r.failed(ctx, "pps "+name+", sweep", s.Name, err)
+		}
+		r.Result.Curves = append(r.Result.Curves, curve)
+	}
+	return nil
 }
 
 // shot is one measurement: frames of a case sent for a while at a rate, 0 as fast as can be.
@@ -66,15 +122,19 @@ func (s shot) loss() float64 {
 	return max(0, 1-float64(s.received.Packets)/float64(s.offered))
 }
 
-// shoot sends frames through a system and balances the books.
 func (r *Runner) shoot(ctx context.Context, name string, c ppsCase, s *rig.System, rate float64, span time.Duration) (shot, error) {
+	return r.shootAs(ctx, "pps", name, c, s, rate, span)
+}
+
+// shootAs sends frames through a system and balances the books.
+func (r *Runner) shootAs(ctx context.Context, scenario, name string, c ppsCase, s *rig.System, rate float64, span time.Duration) (shot, error) {
 	var m shot
 	sink, err := load.NewSink(s.To)
 	if err != nil {
 		return m, err
 	}
 	defer sink.Close()
-	gen, err := load.NewLive(s.From, s.To, c.size, c.flows, rig.LoadCore())
+	gen, err := load.NewLive(s.From, s.To, load.Shape{Size: c.size, Flows: c.flows}, rig.LoadCore())
 	if err != nil {
 		return m, err
 	}
@@ -101,17 +161,21 @@ func (r *Runner) shoot(ctx context.Context, name string, c ppsCase, s *rig.Syste
 	if m.received.Packets == 0 {
 		return m, fmt.Errorf("nothing arrived of %d frames", m.offered)
 	}
-	return m, r.reconcile(ctx, "pps", name, s, m.offered, m.received.Packets, before)
+	return m, r.reconcile(ctx, scenario, name, s, m.offered, m.received.Packets, before)
 }
 
 // flood measures what arrives when the sender sends as fast as it can.
 func (r *Runner) flood(ctx context.Context, name string, c ppsCase, systems []*rig.System) error {
-	return r.rounds(ctx, "pps "+name+", flood", systems, func(ctx context.Context, round int, s *rig.System) error {
-		m, err := r.shoot(ctx, name, c, s, 0, r.Span)
+	return r.floodAs(ctx, "pps", name, c, systems)
+}
+
+func (r *Runner) floodAs(ctx context.Context, scenario, name string, c ppsCase, systems []*rig.System) error {
+	return r.rounds(ctx, scenario+" "+name+", flood", systems, func(ctx context.Context, round int, s *rig.System) error {
+		m, err := r.shootAs(ctx, scenario, name, c, s, 0, r.Span)
 		if err != nil {
 			return err
 		}
-		r.Result.Add(result.Key{Scenario: "pps", Case: name, System: s.Name, Metric: "flooded"}, "Mpps", false, round, m.rate()/1e6)
+		r.Result.Add(result.Key{Scenario: scenario, Case: name, System: s.Name, Metric: "flooded"}, "Mpps", false, round, m.rate()/1e6)
 		return nil
 	})
 }
@@ -166,7 +230,7 @@ func (r *Runner) generatorOnly(ctx context.Context, c ppsCase, s *rig.System) (t
 		return 0, err
 	}
 	defer sink.Close()
-	gen, err := load.NewLive(from, to, c.size, c.flows, rig.LoadCore())
+	gen, err := load.NewLive(from, to, load.Shape{Size: c.size, Flows: c.flows}, rig.LoadCore())
 	if err != nil {
 		return 0, err
 	}

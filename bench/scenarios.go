@@ -18,4 +18,11 @@ type Scenario struct {
 var scenarios = []*Scenario{
 	&tcpScenario,
 	&ppsScenario,
+	&udpScenario,
+	&rungsScenario,
+	&idleScenario,
+	&pipelineScenario,
+
+	&churnScenario,
+	&natScenario,
 }

@@ -33,6 +33,8 @@ func tcpStages(quick bool) []tcpStage {
 		{"same-node", rig.Spec{Topology: rig.SameNode}, rig.Kinds(overplaneTAP, overplaneVeth)},
 		{"two-nodes/wire", rig.Spec{Topology: rig.TwoNodes, Link: rig.Wire}, rig.Kinds(two...)},
 		{"two-nodes/virtual", rig.Spec{Topology: rig.TwoNodes, Link: rig.Virtual}, rig.Kinds(overplaneTUN, overplaneVethTUN)},
+		{"outside/wire", rig.Spec{Topology: rig.Outside, Link: rig.Wire}, rig.Kinds(outside(quick)...)},
+		{"outside/virtual", rig.Spec{Topology: rig.Outside, Link: rig.Virtual}, rig.Kinds(overplaneTUN)},
 	}
 }
 
@@ -58,13 +60,17 @@ func runTCP(ctx context.Context, r *Runner) error {
 }
 
 func (r *Runner) streams(ctx context.Context, stage string, n int, systems []*rig.System) error {
-	name := fmt.Sprintf("%s/streams=%d", stage, n)
-	return r.rounds(ctx, "tcp "+name, systems, func(ctx context.Context, round int, s *rig.System) error {
+	return r.streamsAs(ctx, "tcp", fmt.Sprintf("%s/streams=%d", stage, n), n, systems)
+}
+
+// streamsAs measures the throughput of n streams for a scenario.
+func (r *Runner) streamsAs(ctx context.Context, scenario, name string, n int, systems []*rig.System) error {
+	return r.rounds(ctx, scenario+" "+name, systems, func(ctx context.Context, round int, s *rig.System) error {
 		bits, err := load.Streams(ctx, s.From, s.To, n, r.Span)
 		if err != nil {
 			return err
 		}
-		r.Result.Add(result.Key{Scenario: "tcp", Case: name, System: s.Name, Metric: "throughput"}, "Gbit/s", false, round, bits/1e9)
+		r.Result.Add(result.Key{Scenario: scenario, Case: name, System: s.Name, Metric: "throughput"}, "Gbit/s", false, round, bits/1e9)
 		return nil
 	})
 }

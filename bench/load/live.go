@@ -25,26 +25,34 @@ const (
 // device one core makes some 2 million a second. The peer of the device must receive XDP frames: a veth with an XDP program or with GRO on.
 type Live struct {
 	prog  *ebpf.Program
+	limit uint64
 	frame []byte
 	from  Endpoint
 	cpu   int
 }
 
-// NewLive loads a generator of UDP frames of size bytes (without FCS, at least [MinFrame]) that take turns among the flows, at most 100,000.
-func NewLive(from Endpoint, to Endpoint, size, flows, cpu int) (*Live, error) {
-	if size < MinFrame || flows < 1 || flows > 1000000 {
-		return nil, fmt.Errorf("frames of %d bytes of %d flows: want at least %d bytes and 1 to 1,000,000 flows", size, flows, MinFrame)
+// Shape is what a generator's frames look like: size in bytes without FCS, at least [MinFrame]; flows take turns, at most a million. Flows of other shapes with the same Salt are the same
+// ones; salts go from 0 to 40. Limit is how many frames a run makes at most, 0 as many as it can.
+type Shape struct{ Size, Flows, Salt, Limit int }
+
+// sourcePorts is how many source ports flows are spread over, before they get another destination port: source_ports of bench.c.
+const sourcePorts = 1000
+
+// NewLive loads a generator of UDP frames for a core.
+func NewLive(from Endpoint, to Endpoint, shape Shape, cpu int) (*Live, error) {
+	if shape.Size < MinFrame || shape.Flows < 1 || shape.Flows > 1000*sourcePorts || shape.Salt < 0 || shape.Salt > 40 {
+		return nil, fmt.Errorf("frames of %d bytes of %d flows, salt %d: want at least %d bytes, 1 to 1,000,000 flows, a salt of 0 to 40", shape.Size, shape.Flows, shape.Salt, MinFrame)
 	}
 	spec, err := bpf.LoadBench()
 	if err != nil {
 		return nil, err
 	}
-	l := &Live{frame: frame(from, to.Addr, size, 10000, 20000), from: from, cpu: cpu}
+	l := &Live{frame: frame(from, to.Addr, shape.Size, uint16(10000+shape.Salt*sourcePorts), 20000), from: from, cpu: cpu, limit: uint64(shape.Limit)}
 	var words [6]uint64
 	for i := range words {
 		words[i] = binary.NativeEndian.Uint64(l.frame[i*8:])
 	}
-	if err := errors.Join(spec.Variables["headers"].Set(words), spec.Variables["flows"].Set(uint32(flows))); err != nil {
+	if err := errors.Join(spec.Variables["headers"].Set(words), spec.Variables["flows"].Set(uint32(shape.Flows))); err != nil {
 		return nil, err
 	}
 	coll, err := ebpf.NewCollection(spec)
@@ -84,6 +92,11 @@ func (l *Live) Run(ctx context.Context, rate float64, span time.Duration) (sent 
 				// After a stall do not catch up in one burst that no ring takes.
 				if most := uint64(rate*tick.Seconds())*4 + 64; n > most {
 					n = most
+				}
+			}
+			if l.limit > 0 {
+				if n = min(n, l.limit-sent); n == 0 {
+					return nil
 				}
 			}
 			_, err := l.prog.Run(&ebpf.RunOptions{Data: l.frame, Context: xdp, Repeat: uint32(n), Flags: liveFrames})

@@ -17,6 +17,7 @@ import (
 	"slices"
 
 	"github.com/overplane/overplane/bench/load"
+	"github.com/overplane/overplane/test/lab"
 )
 
 // Topology is between which two endpoints load runs.
@@ -27,6 +28,7 @@ const (
 	SameNode Topology = "same-node"
 	TwoNodes Topology = "two-nodes"
 	Outside  Topology = "outside"
+	PodsOnly Topology = "pods-only" // one node with a number of pods, and no endpoints
 )
 
 // Link is how frames cross the underlay.
@@ -45,6 +47,7 @@ const (
 type Spec struct {
 	Topology Topology
 	Link     Link
+	Pods     int // of the node, with PodsOnly
 	Workers  int // forwarding threads of a node, where the system has such
 	// Frames: the load is XDP frames, which the pods' far ends must be able to receive.
 	Frames bool
@@ -60,6 +63,13 @@ type System struct {
 	Drops func(context.Context) (map[string]uint64, error)
 	// TAP: the sending endpoint's device is a TAP, which takes no note of most frames that it has no room for. What it handed on is [Taken].
 	TAP bool
+	// ChangeRoutes changes a hundred routes that the load does not take, back or forth by the step's parity, and returns when that is done; ChangePods takes another pod away and
+	// attaches it again. Sessions counts translated flows. nil where a system has no such thing.
+	ChangeRoutes func(ctx context.Context, step int) error
+	ChangePods   func(ctx context.Context) error
+	Sessions     func(ctx context.Context) (int, error)
+	// Lab is the lab that Overplane is in; nil for peers.
+	Lab *lab.Lab
 	// Pids are the system's processes; the kernel has none.
 	Pids []int
 

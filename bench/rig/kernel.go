@@ -7,12 +7,21 @@ import (
 	"github.com/overplane/overplane/bench/load"
 )
 
+// Kernel is the kernel's own routing.
+var Kernel = &Kind{
+	Name: "kernel", About: "the kernel's own routing (ip_forward), direct routes between nodes, pods on veth; forwarding on the core that its softirq happens to run on",
+	Topologies: []Topology{SameNode, TwoNodes}, Build: buildKernel("kernel", plainRoutes),
+}
+
+// Masquerade is the kernel's routing and translation.
+var Masquerade = &Kind{
+	Name: "kernel+nft", About: "the kernel's routing with an nftables masquerade rule",
+	Topologies: []Topology{Outside}, Build: buildKernel("kernel+nft", masquerade),
+}
+
 // kernelKinds are the peers that the kernel itself is.
 var kernelKinds = []*Kind{
-	{
-		Name: "kernel", About: "the kernel's own routing (ip_forward), direct routes between nodes, pods on veth; forwarding on the core that its softirq happens to run on",
-		Topologies: []Topology{SameNode, TwoNodes}, Build: buildKernel("kernel", plainRoutes),
-	},
+	Kernel,
 	{
 		Name: "kernel+rps", About: "the same with receive packet steering to the other core, so that generator and forwarding do not share one",
 		Topologies: []Topology{SameNode}, FramesOnly: true, Build: buildKernel("kernel+rps", plainRoutes),
@@ -21,10 +30,7 @@ var kernelKinds = []*Kind{
 		Name: "vxlan", About: "the kernel's routing into a VXLAN device between nodes, as overlay networks do; pods' MTU is 1450",
 		Topologies: []Topology{TwoNodes}, Build: buildKernel("vxlan", vxlanRoutes),
 	},
-	{
-		Name: "kernel+nft", About: "the kernel's routing with an nftables masquerade rule",
-		Topologies: []Topology{Outside}, Build: buildKernel("kernel+nft", masquerade),
-	},
+	Masquerade,
 }
 
 func buildKernel(name string, routes func(*space, int)) func(context.Context, *Env, Spec) (*System, error) {
@@ -68,6 +74,7 @@ func buildKernel(name string, routes func(*space, int)) func(context.Context, *E
 				s.exec([]string{"ip", "netns", "exec", s.ns("n1"), "sh", "-c", fmt.Sprintf("echo %x > /sys/class/net/%s%d/queues/rx-0/rps_cpus", 1<<ForwardCore(), nodePort, p)}, "")
 			}
 		}
+		churnKernel(sys, s)
 		sys.Drops = spaceDrops(s.netns, nil, nil)
 		if err := s.err(); err != nil {
 			return nil, fail(sys, err)

@@ -4,5 +4,5 @@ package rig
 func Kinds(overplane ...*Kind) []*Kind {
 	all := append([]*Kind(nil), overplane...)
 	all = append(all, kernelKinds...)
-	return append(all, ovsKind)
+	return append(all, OVS, asavie, vpp)
 }

@@ -22,7 +22,7 @@ func Overplane(podPort, rung string, env ...string) *Kind {
 	}
 	k := &Kind{
 		Name: name, About: "Overplane with pods on " + podPort + map[bool]string{true: " and the uplink by " + rung}[rung != ""],
-		Topologies: []Topology{SameNode, TwoNodes, Outside},
+		Topologies: []Topology{SameNode, TwoNodes, Outside, PodsOnly},
 		Build: func(ctx context.Context, e *Env, spec Spec) (*System, error) {
 			return buildOverplane(ctx, e, spec, name, podPort, rung, env)
 		},
@@ -42,9 +42,11 @@ func buildOverplane(ctx context.Context, e *Env, spec Spec, name, podPort, rung 
 	sys := &System{Name: name, TAP: podPort == "tap"}
 	switch spec.Topology {
 	case SameNode:
-		o.Pods = 2
+		o.Pods = 3 // the third for churn
 	case TwoNodes:
 		o.Nodes = 2
+	case PodsOnly:
+		o.Pods = spec.Pods
 	}
 	if o.Nodes == 1 && o.Workers == 1 {
 		o.Env = append(o.Env, fmt.Sprintf("OVERPLANE_CPUS=%d", ForwardCore()))
@@ -67,6 +69,10 @@ func buildOverplane(ctx context.Context, e *Env, spec Spec, name, podPort, rung 
 		sys.Pids = append(sys.Pids, n.Pid())
 	}
 	names = append(names, l.Gateway(), l.Ext())
+	sys.Lab = l
+	if spec.Topology == PodsOnly {
+		return sys, nil
+	}
 	if sys.From, err = podEndpoint(ctx, n1.Pods[0]); err != nil {
 		return nil, fail(sys, err)
 	}
@@ -90,6 +96,7 @@ func buildOverplane(ctx context.Context, e *Env, spec Spec, name, podPort, rung 
 			return nil, fail(sys, s.err())
 		}
 	}
+	churnOverplane(sys, l)
 	sys.Drops = spaceDrops(names, func(netns, device string) bool {
 		// A pod's TAP counts one of each burst that it has no room for: reconciliation looks at what it handed on instead.
 		return strings.HasPrefix(device, "ovp") && !strings.HasPrefix(device, "ovpv") || podPort == "tap" && strings.Contains(netns, "-p") && !strings.HasSuffix(netns, "-p1")

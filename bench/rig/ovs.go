@@ -13,8 +13,8 @@ import (
 
 const ovsSchema = "/usr/share/openvswitch/vswitch.ovsschema"
 
-// ovsKind is Open vSwitch's userspace datapath on AF_XDP, with a database, sockets and logs of its own.
-var ovsKind = &Kind{
+// OVS is Open vSwitch's userspace datapath on AF_XDP, with a database, sockets and logs of its own.
+var OVS = &Kind{
 	Name: "ovs-afxdp", About: "Open vSwitch's userspace datapath, ports of type afxdp in native mode, one busy-polling PMD thread; to outside with ct and nat",
 	Topologies: []Topology{SameNode, Outside}, Links: []Link{Wire},
 	Missing: func() (string, string) {
