@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/overplane/overplane/bench/report"
 	"github.com/overplane/overplane/bench/result"
 	"github.com/overplane/overplane/bench/rig"
 	"github.com/overplane/overplane/test/lab"
@@ -33,6 +32,7 @@ type flags struct {
 	Options
 	prefix  string
 	out     string
+	page    string // docs/benchmarks.md
 	version string
 }
 
@@ -44,6 +44,7 @@ func (f *flags) declare(c *cobra.Command) {
 	s.StringVar(&f.Only, "only", "", "measure systems only whose names match this regular expression")
 	s.BoolVar(&f.Quick, "short", false, "fewer cases")
 	s.StringVar(&f.prefix, "prefix", defaultPrefix, "what the names of all network namespaces begin with, 1 to 5 letters and digits")
+	s.StringVar(&f.page, "report", "", "also write the documentation's page to this file, and plots and raw figures into the folder of the same name beside it")
 	s.StringVar(&f.out, "out", "bench-out", "folder for result.json, report.md and plots")
 }
 
@@ -64,7 +65,7 @@ and plots (SVG). It needs root, the built programs, and ip, ethtool and nft; pee
 	for _, s := range scenarios {
 		root.AddCommand(scenarioCommand(version, s))
 	}
-	root.AddCommand(compareCommand())
+	root.AddCommand(allCommand(version), quickCommand(version), compareCommand(), renderCommand(), forwardCommand())
 	return root
 }
 
@@ -76,6 +77,47 @@ func scenarioCommand(version string, s *Scenario) *cobra.Command {
 	}
 	f.declare(c)
 	return c
+}
+
+func allCommand(version string) *cobra.Command {
+	f := &flags{version: version}
+	c := &cobra.Command{
+		Use: "all", Short: "Measure everything, unattended", Args: cobra.NoArgs,
+		Long: "Measures every scenario, one after the other, and writes one report. It takes under 45 minutes on 2 cores, with the default settings.",
+		RunE: func(c *cobra.Command, _ []string) error {
+			return f.run(c, "all", selected(func(s *Scenario) bool { return s.All }))
+		},
+	}
+	f.declare(c)
+	return c
+}
+
+func quickCommand(version string) *cobra.Command {
+	f := &flags{version: version}
+	c := &cobra.Command{
+		Use: "quick", Short: "Measure the most important figures, with wider spread", Args: cobra.NoArgs,
+		Long: "Measures the most important cases of the most important scenarios in 3 short rounds, under 4 minutes on 2 cores.",
+		RunE: func(c *cobra.Command, _ []string) error {
+			f.Quick = true
+			return f.run(c, "quick", selected(func(s *Scenario) bool { return s.Quick }))
+		},
+	}
+	f.declare(c)
+	for name, value := range map[string]string{"rounds": "3", "span": "300ms"} {
+		flag := c.Flags().Lookup(name)
+		flag.DefValue = value
+		_ = flag.Value.Set(value)
+	}
+	return c
+}
+
+func selected(want func(*Scenario) bool) (list []*Scenario) {
+	for _, s := range scenarios {
+		if want(s) {
+			list = append(list, s)
+		}
+	}
+	return list
 }
 
 // run measures scenarios and writes what they found, also if they were interrupted.
@@ -209,22 +251,6 @@ func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
 		ctx = context.Background()
 	}
 	return signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
-}
-
-// write writes the files and prints the report.
-func (f *flags) write(w io.Writer, r *result.Run) error {
-	if err := os.MkdirAll(f.out, 0o755); err != nil {
-		return err
-	}
-	err := r.Write(filepath.Join(f.out, "result.json"))
-	file, err2 := os.Create(filepath.Join(f.out, "report.md"))
-	if err2 != nil {
-		return errors.Join(err, err2)
-	}
-	defer file.Close()
-	err = errors.Join(err, report.Markdown(io.MultiWriter(w, file), r, nil))
-	fmt.Fprintf(w, "\nWritten: %s, report.md\n", filepath.Join(f.out, "result.json"))
-	return err
 }
 
 func compareCommand() *cobra.Command {

@@ -81,8 +81,7 @@ func (r *Runner) establish(ctx context.Context, flows int, systems []*rig.System
 		if err := s.Resume(); err != nil {
 			return err
 		}
-		span := time.Duration(1.2 * float64(flows) / openRate * float64(time.Second))
-		_, _, err := r.turn(ctx, s, load.Shape{Size: load.MinFrame, Flows: flows}, openRate, max(span, 50*time.Millisecond))
+		_, _, err := r.turn(ctx, s, load.Shape{Size: load.MinFrame, Flows: flows, Limit: flows + flows/10}, openRate, time.Minute)
 		if perr := s.Pause(); err == nil {
 			err = perr
 		}

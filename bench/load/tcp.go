@@ -51,27 +51,14 @@ func control(_, _ string, c syscall.RawConn) error {
 }
 
 // dial connects from one namespace to a listener in another. The socket belongs to the namespace of the thread that makes it.
-func dial(from Endpoint, to net.Addr) (*net.TCPConn, error) {
-	var fd int
-	err := lab.InNetns(from.Netns, func() (err error) {
-		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+func dial(from Endpoint, to net.Addr) (c net.Conn, err error) {
+	err = lab.InNetns(from.Netns, func() (err error) {
+		d := net.Dialer{Timeout: dialTimeout, Control: control}
+		c, err = d.Dial("tcp4", to.String())
 		return err
 	})
 	if err != nil {
-		return nil, err
-	}
-	// Connecting blocks, so that it is bounded by the socket's own send timeout.
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: int64(dialTimeout / time.Second)})
-	ap := to.(*net.TCPAddr).AddrPort()
-	err = errors.Join(unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion),
-		unix.Connect(fd, &unix.SockaddrInet4{Addr: ap.Addr().As4(), Port: int(ap.Port())}))
-	if err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("%s to %v: %w", from.Netns, to, err)
-	}
-	c, err := fileConn(fd)
-	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("from %s: %w", from.Netns, err)
 	}
 	return c, nil
 }

@@ -4,23 +4,10 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"net"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// fileConn makes a connection of the runtime's out of a socket.
-func fileConn(fd int) (*net.TCPConn, error) {
-	f := os.NewFile(uintptr(fd), "tcp")
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, err
-	}
-	return c.(*net.TCPConn), nil
-}
 
 // maxGSO is how much one write of a segmenting UDP socket takes, less than 64 KiB and at most 64 segments.
 const maxGSO = 60000

@@ -105,7 +105,7 @@ func ipv4(f []byte, src, dst uint32, sport, dport uint16) {
 
 // reference is a loop without ports, counters, source checks or reasons.
 func reference() *Stage {
-	const frames = 8192
+	const frames = 1024
 	memory := make([]byte, frames*chunk)
 	var slots [8192]uint32
 	var headers [blocks][12]byte
@@ -252,9 +252,9 @@ func translate() (*Stage, error) {
 	const batch = 64
 	var ps [batch]packet.Packet
 	var vs [batch]snat.View
-	var which [batch]uint16
-	for i := range which {
-		which[i] = uint16(i)
+	var asked [batch]*packet.Packet
+	for i := range asked {
+		asked[i] = &ps[i]
 	}
 	scratch, at := make([]byte, batch*128), 0
 	return &Stage{Name: "translate", Run: func(_ *Clock, n int) int {
@@ -268,7 +268,9 @@ func translate() (*Stage, error) {
 				}
 				copy(scratch[j*128:], frame)
 			}
-			tr.PrefetchOut(ps[:], which[:])
+			if tr.PrefetchPays() {
+				tr.Prefetch(asked[:], true)
+			}
 			for j := range ps {
 				tr.Outbound(&ps[j], scratch[j*128:j*128+64], 0, &vs[j])
 			}

@@ -3,6 +3,7 @@ package report
 import (
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/overplane/overplane/bench/result"
 )
@@ -11,6 +12,13 @@ import (
 func Markdown(w io.Writer, r *result.Run, plots map[string][]string) error {
 	if err := Preamble(w, r); err != nil {
 		return err
+	}
+	var floors strings.Builder
+	if err := WriteFloors(&floors, r); err != nil {
+		return err
+	}
+	if floors.Len() > 0 {
+		fmt.Fprintf(w, "### Floors and goals\n\nRatios are to the named peer in the same round; medians of all rounds, best of Overplane's variants.\n\n%s", floors.String())
 	}
 	for _, scenario := range Scenarios(r) {
 		fmt.Fprintf(w, "### %s\n\n", scenario)

@@ -122,5 +122,8 @@ func vxlanRoutes(s *space, nodes int) {
 
 func masquerade(s *space, _ int) {
 	s.exec([]string{"ip", "netns", "exec", s.ns("n1"), "nft", "-f", "-"},
-		`table ip nat { chain post { type nat hook postrouting priority 100; oifname "`+uplink+`" masquerade; } }`)
+		`table ip nat { chain post { type nat hook postrouting priority 100; oifname "`+uplink+`" masquerade
+}
+}
+`)
 }

@@ -67,7 +67,7 @@ func buildOVS(ctx context.Context, env *Env, spec Spec) (*System, error) {
 	s.run("ovsdb-tool create %s/conf.db %s", dir, ovsSchema)
 	_, log := s.start(node, own, "ovsdb-server", dir+"/conf.db", "--remote=p"+db, "--unixctl="+dir+"/ovsdb.ctl", "--pidfile="+dir+"/ovsdb.pid")
 	s.waitFile(dir+"/db.sock", log)
-	vsctl := "ovs-vsctl --timeout=10 --db=" + db
+	vsctl := "ovs-vsctl --retry --timeout=10 --db=" + db
 	s.run("%s --no-wait init", vsctl)
 	s.run("%s --no-wait set Open_vSwitch . other_config:pmd-cpu-mask=%x", vsctl, 1<<ForwardCore())
 	cmd, log := s.start(node, own, "ovs-vswitchd", db, "--unixctl="+dir+"/vswitchd.ctl", "--pidfile="+dir+"/vswitchd.pid")
