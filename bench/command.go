@@ -61,6 +61,7 @@ and plots (SVG). It needs root, the built programs, and ip, ethtool and nft; pee
   overplane-bench tcp --rounds 7
   overplane-bench compare A.json B.json`,
 		Version: version, SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	for _, s := range scenarios {
 		root.AddCommand(scenarioCommand(version, s))
@@ -170,16 +171,16 @@ func (f *flags) prepare(progress io.Writer, command string, list []*Scenario) (r
 	r = &Runner{Options: f.Options, Result: result.New(f.version, command), noted: map[string]bool{}, Log: func(format string, args ...any) {
 		fmt.Fprintf(progress, "%6.1f s  %s\n", time.Since(begin).Seconds(), fmt.Sprintf(format, args...))
 	}}
-	r.settings()
+	inMemory := true
+	for _, s := range list {
+		inMemory = inMemory && s.InMemory
+	}
+	r.settings(inMemory)
 	if f.Only != "" {
 		if r.only, err = regexp.Compile(f.Only); err != nil {
 			return nil, nil, fmt.Errorf("--only: %w", err)
 		}
 		r.Result.Settings["only"] = f.Only
-	}
-	inMemory := true
-	for _, s := range list {
-		inMemory = inMemory && s.InMemory
 	}
 	if inMemory {
 		return r, func() error { return nil }, nil
@@ -251,32 +252,4 @@ func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
 		ctx = context.Background()
 	}
 	return signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
-}
-
-func compareCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "compare A.json B.json", Short: "Compare two results by benchstat's statistics", Args: cobra.ExactArgs(2),
-		Long: `Compares every figure that both results have: medians, and whether their difference is more than chance (Mann-Whitney U test, as benchstat). Results whose settings
-differ are refused, and the settings named.`,
-		RunE: func(c *cobra.Command, args []string) error {
-			a, err := result.Read(args[0])
-			if err != nil {
-				return err
-			}
-			b, err := result.Read(args[1])
-			if err != nil {
-				return err
-			}
-			rows, err := result.Compare(a, b)
-			if err != nil {
-				return err
-			}
-			for i, r := range []*result.Run{a, b} {
-				if !r.Complete {
-					fmt.Fprintf(c.OutOrStdout(), "%s is not complete: %s\n", args[i], r.Problem)
-				}
-			}
-			return result.WriteComparison(c.OutOrStdout(), rows)
-		},
-	}
 }

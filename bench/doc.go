@@ -182,10 +182,13 @@ func (r *Runner) reconcile(ctx context.Context, scenario, name string, s *rig.Sy
 }
 
 // settings writes down what figures depend on.
-func (r *Runner) settings() {
+func (r *Runner) settings(inMemory bool) {
+	maps.Copy(r.Result.Settings, map[string]string{"rounds": fmt.Sprint(r.Rounds), "span": r.Span.String()})
+	if inMemory {
+		return
+	}
 	maps.Copy(r.Result.Settings, map[string]string{
-		"rounds": fmt.Sprint(r.Rounds), "span": r.Span.String(), "loss tolerance": fmt.Sprint(r.Loss), "congestion control": "cubic",
+		"loss tolerance": fmt.Sprint(r.Loss), "congestion control": "cubic", "quick": fmt.Sprint(r.Quick),
 		"generator core": fmt.Sprint(rig.LoadCore()), "forwarding core": fmt.Sprint(rig.ForwardCore()), "cores": fmt.Sprint(r.Result.Machine.Cores),
-		"quick": fmt.Sprint(r.Quick),
 	})
 }

@@ -25,6 +25,14 @@ var plotted = map[string]string{
 	"idle|CPU": "Idle daemon, % of a core", "churn|age p99": "Age on arrival under churn, p99, µs", "pipeline|time": "Stages in memory, ns a packet",
 }
 
+// palette has as many colours as there are systems in one plot at most.
+var palette = []color.RGBA{
+	{0x1f, 0x77, 0xb4, 0xff}, {0xff, 0x7f, 0x0e, 0xff}, {0x2c, 0xa0, 0x2c, 0xff}, {0xd6, 0x27, 0x28, 0xff}, {0x94, 0x67, 0xbd, 0xff}, {0x8c, 0x56, 0x4b, 0xff},
+	{0xe3, 0x77, 0xc2, 0xff}, {0x7f, 0x7f, 0x7f, 0xff}, {0xbc, 0xbd, 0x22, 0xff}, {0x17, 0xbe, 0xcf, 0xff}, {0x00, 0x00, 0x80, 0xff}, {0x80, 0x00, 0x00, 0xff},
+}
+
+func colour(i int) color.RGBA { return palette[i%len(palette)] }
+
 var notInNames = regexp.MustCompile(`[^a-z0-9]+`)
 
 func fileName(parts ...string) string {
@@ -42,11 +50,13 @@ func Plots(dir string, r *result.Run) (map[string][]string, error) {
 			continue
 		}
 		done = append(done, key)
-		name := fileName(t.scenario, t.metric)
-		if err := bars(filepath.Join(dir, name), title, r, t.scenario, t.metric); err != nil {
-			return nil, fmt.Errorf("plot %s: %w", name, err)
+		for _, g := range groups(r, t.scenario, t.metric) {
+			name := fileName(t.scenario, t.metric, g)
+			if err := bars(filepath.Join(dir, name), strings.TrimSuffix(title+": "+g, ": "), r, t.scenario, t.metric, g); err != nil {
+				return nil, fmt.Errorf("plot %s: %w", name, err)
+			}
+			files[t.scenario] = append(files[t.scenario], name)
 		}
-		files[t.scenario] = append(files[t.scenario], name)
 	}
 	var cases []string
 	for _, c := range r.Curves {
@@ -65,11 +75,30 @@ func Plots(dir string, r *result.Run) (map[string][]string, error) {
 	return files, nil
 }
 
-// bars draws medians with their ranges, a group for each case.
-func bars(path, title string, r *result.Run, scenario, metric string) error {
-	var cases, systems []string
+// groups are what the names of cases begin with, up to their first slash, if there is more than one such beginning: a plot each. Otherwise one empty string.
+func groups(r *result.Run, scenario, metric string) []string {
+	var groups []string
 	for _, s := range r.Series {
 		if s.Scenario != scenario || s.Metric != metric {
+			continue
+		}
+		if g, _, slash := strings.Cut(s.Case, "/"); !slash {
+			return []string{""}
+		} else if !slices.Contains(groups, g) {
+			groups = append(groups, g)
+		}
+	}
+	if len(groups) == 1 || scenario == "pipeline" {
+		return []string{""}
+	}
+	return groups
+}
+
+// bars draws medians with their ranges, a group for each case whose name begins with the group's.
+func bars(path, title string, r *result.Run, scenario, metric, group string) error {
+	var cases, systems []string
+	for _, s := range r.Series {
+		if s.Scenario != scenario || s.Metric != metric || group != "" && !strings.HasPrefix(s.Case, group+"/") {
 			continue
 		}
 		if !slices.Contains(cases, s.Case) {
@@ -81,17 +110,17 @@ func bars(path, title string, r *result.Run, scenario, metric string) error {
 	}
 	p := newPlot(title)
 	p.Y.Min = 0
-	const group = 0.8 // of the distance between cases
-	width := group / float64(len(systems))
+	const share = 0.8 // of the distance between cases
+	width := share / float64(len(systems))
 	for i, system := range systems {
-		fill := plotutil.Color(i)
+		fill := colour(i)
 		for j, c := range cases {
 			s := r.Find(result.Key{Scenario: scenario, Case: c, System: system, Metric: metric})
 			if s == nil {
 				continue
 			}
 			sum := result.Summarize(s.Values)
-			left := float64(j) - group/2 + float64(i)*width
+			left := float64(j) - share/2 + float64(i)*width
 			bar, err := plotter.NewPolygon(plotter.XYs{{X: left, Y: 0}, {X: left, Y: sum.Median}, {X: left + width*0.9, Y: sum.Median}, {X: left + width*0.9, Y: 0}})
 			if err != nil {
 				return err
@@ -107,7 +136,11 @@ func bars(path, title string, r *result.Run, scenario, metric string) error {
 		}
 		p.Legend.Add(system, swatch{fill})
 	}
-	p.NominalX(cases...)
+	labels := slices.Clone(cases)
+	for i := range labels {
+		labels[i] = strings.TrimPrefix(labels[i], group+"/")
+	}
+	p.NominalX(labels...)
 	p.X.Min, p.X.Max = -0.6, float64(len(cases))-0.4
 	if len(cases) > 3 {
 		p.X.Tick.Label.Rotation, p.X.Tick.Label.XAlign, p.X.Tick.Label.YAlign = 0.4, draw.XRight, draw.YCenter
@@ -154,7 +187,7 @@ func curves(path, kind string, r *result.Run, name string) error {
 		if err != nil {
 			return err
 		}
-		line.Color, points.Color, points.Shape = plotutil.Color(i), plotutil.Color(i), plotutil.Shape(i)
+		line.Color, points.Color, points.Shape = colour(i), colour(i), plotutil.Shape(i)
 		p.Add(line, points)
 		p.Legend.Add(c.System, line, points)
 		i++

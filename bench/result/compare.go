@@ -113,19 +113,35 @@ func percent(s benchmath.Summary) string {
 	return strings.TrimSpace(strings.TrimPrefix(s.PctRangeString(), "±"))
 }
 
-// Worse lists the series of b that are worse than a's by more than a factor, whatever chance may say: for a baseline that is committed.
-func Worse(rows []Row, limit float64, lower func(Key) bool) []string {
-	var worse []string
-	for _, r := range rows {
-		factor := 1 + r.Delta
-		if !lower(r.Key) && factor != 0 {
-			factor = 1 / factor
+// Worse compares the best rounds of two runs, and lists the series of one metric of which b's is worse than a's by more than a factor: for a baseline that is committed, since the best
+// round is the one that the rest of the machine disturbed least. It is an error if a series of a is not in b.
+func Worse(a, b *Run, metric string, limit float64) (worse []string, err error) {
+	if diff := Differences(a, b); len(diff) > 0 {
+		return nil, fmt.Errorf("the runs were made with different settings:\n  %s", strings.Join(diff, "\n  "))
+	}
+	compared := 0
+	for _, x := range a.Series {
+		if x.Metric != metric || len(x.Values) == 0 {
+			continue
+		}
+		y := b.Find(x.Key)
+		if y == nil || len(y.Values) == 0 {
+			return nil, fmt.Errorf("%v is not in the second run: if the stage is gone, make the baseline anew", x.Key)
+		}
+		compared++
+		sx, sy := Summarize(x.Values), Summarize(y.Values)
+		was, is, factor := sx.Max, sy.Max, sx.Max/sy.Max
+		if x.Lower {
+			was, is, factor = sx.Min, sy.Min, sy.Min/sx.Min
 		}
 		if factor > limit {
-			worse = append(worse, fmt.Sprintf("%v: %s, was %s %s (%.2f times worse, limit %.2f)", r.Key, Number(r.B.Center), Number(r.A.Center), r.Unit, factor, limit))
+			worse = append(worse, fmt.Sprintf("%v: %s, was %s %s: %.2f times worse (limit %.2f)", x.Key, Number(is), Number(was), x.Unit, factor, limit))
 		}
 	}
-	return worse
+	if compared == 0 {
+		return nil, fmt.Errorf("the first run has no figure %q", metric)
+	}
+	return worse, nil
 }
 
 // Number writes a figure with three significant digits.

@@ -91,3 +91,25 @@ func TestFilesAreReadAsWritten(t *testing.T) {
 	_, err = Read("/proc/version")
 	require.ErrorContains(t, err, "no result of overplane-bench")
 }
+
+func TestWorseThanABaseline(t *testing.T) {
+	a := run(t, map[string]string{"span": "1s"}, map[string][]float64{"poll": {2, 1, 3}, "parse": {1, 1, 1}})
+	b := run(t, map[string]string{"span": "1s"}, map[string][]float64{"poll": {9, 1.4, 9}, "parse": {5, 2.1, 3}})
+	for _, r := range []*Run{a, b} {
+		for _, s := range r.Series {
+			s.Lower = true
+		}
+	}
+	worse, err := Worse(a, b, "throughput", 1.5)
+	require.NoError(t, err)
+	require.Len(t, worse, 1, "the best round of poll is within the limit")
+	require.Contains(t, worse[0], "parse")
+
+	_, err = Worse(a, b, "latency", 1.5)
+	require.ErrorContains(t, err, "latency")
+	b.Settings["span"] = "2s"
+	_, err = Worse(a, b, "throughput", 1.5)
+	require.ErrorContains(t, err, "span: 1s, 2s")
+	_, err = Worse(a, run(t, map[string]string{"span": "1s"}, map[string][]float64{"poll": {1}}), "throughput", 1.5)
+	require.ErrorContains(t, err, "parse")
+}
