@@ -57,7 +57,10 @@ func runPPS(ctx context.Context, r *Runner) error {
 			if err := r.noLoss(ctx, name, first, systems); err != nil || r.Quick {
 				return err
 			}
-			return r.sweep(ctx, name, first, systems)
+			if err := r.sweep(ctx, name, first, systems); err != nil || st.spec.Topology != rig.SameNode {
+				return err
+			}
+			return r.xsk(ctx, st.name+"/frame=64/by=af_xdp", systems)
 		})
 		if err != nil {
 			return err
@@ -271,5 +274,33 @@ func (r *Runner) noLoss(ctx context.Context, name string, c ppsCase, systems []*
 		}
 		r.Result.Add(result.Key{Scenario: "pps", Case: name, System: s.Name, Metric: "no loss"}, "Mpps", false, round, best/1e6)
 		return nil
+	})
+}
+
+// xsk measures a flood again that another generator makes: an AF_XDP socket in the sending pod.
+func (r *Runner) xsk(ctx context.Context, name string, systems []*rig.System) error {
+	return r.rounds(ctx, "pps "+name+", flood", systems, func(ctx context.Context, round int, s *rig.System) error {
+		sink, err := load.NewSink(s.To)
+		if err != nil {
+			return err
+		}
+		defer sink.Close()
+		before, err := openBooks(ctx, s)
+		if err != nil {
+			return err
+		}
+		sent, took, err := load.XSK(ctx, s.From, s.To, load.MinFrame, rig.LoadCore(), r.Span)
+		if err != nil {
+			return err
+		}
+		got, err := sink.Settle()
+		if err != nil {
+			return err
+		}
+		if got.Packets == 0 {
+			return fmt.Errorf("nothing arrived of %d frames", sent)
+		}
+		r.Result.Add(result.Key{Scenario: "pps", Case: name, System: s.Name, Metric: "flooded"}, "Mpps", false, round, float64(got.Packets)/took.Seconds()/1e6)
+		return r.reconcile(ctx, "pps", name, s, sent, got.Packets, before)
 	})
 }
