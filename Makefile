@@ -7,6 +7,9 @@ SHELL := /bin/bash
 FUZZTIME  ?= 10s
 BENCHTIME ?= 1s
 BENCH     ?= .
+# How much slower a stage in memory may be than its baseline, in multiples of the reference loop, and how both are measured.
+BENCH_LIMIT    ?= 1.7
+BENCH_PIPELINE := --rounds 7 --span 400ms
 # Compiled BPF objects are committed and compared byte for byte, so that the compiler's version is part of the source.
 CLANG     ?= clang-14
 # 6.1, 6.12, newest: the Debian kernels of make test-kernels.
@@ -79,11 +82,23 @@ test-deb: ## build the packages; install, upgrade, remove and purge them in a fo
 .PHONY: bench
 bench: ## all Go benchmarks (BENCH=regexp BENCHTIME=1s)
 	@go test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime '$(BENCHTIME)' -timeout 60m \
-		$$(grep -rlE '^func Benchmark' --include='*_test.go' cmd control dataplane ipam snat test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
+		$$(grep -rlE '^func Benchmark' --include='*_test.go' bench cmd control dataplane ipam snat test | xargs -r -n1 dirname | sort -u | sed 's,^,./,')
+
+.PHONY: bench-compare
+bench-compare: ## the data plane's stages in memory against the committed baseline, as multiples of a reference loop (BENCH_LIMIT=1.7)
+	@mkdir -p bin && go build -trimpath -o bin/overplane-bench ./cmd/overplane-bench
+	@bin/overplane-bench pipeline $(BENCH_PIPELINE) --out bench-out/pipeline >/dev/null
+	@bin/overplane-bench compare --limit $(BENCH_LIMIT) bench/baseline.json bench-out/pipeline/result.json
+
+.PHONY: bench-baseline
+bench-baseline: ## make the baseline of bench-compare anew, on a quiet machine
+	@mkdir -p bin && go build -trimpath -o bin/overplane-bench ./cmd/overplane-bench
+	@bin/overplane-bench pipeline $(BENCH_PIPELINE) --out bench-out/pipeline >/dev/null
+	@cp bench-out/pipeline/result.json bench/baseline.json
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME=10s
-	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' cmd control dataplane ipam snat test | sort | while IFS=: read -r file func; do \
+	@set -eo pipefail; grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' bench cmd control dataplane ipam snat test | sort | while IFS=: read -r file func; do \
 		echo "== $${func#func } in $$(dirname $$file)"; \
 		go test -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 5x ./$$(dirname $$file) </dev/null; \
 	done
