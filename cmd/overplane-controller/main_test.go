@@ -274,3 +274,14 @@ func TestConfigurationErrorsNameTheVariable(t *testing.T) {
 	require.Zero(t, run(t.Context(), []string{"serve", "--check-config"}, []string{EnvPrefix + "LISEN=x"}, io.Discard, &out))
 	require.Contains(t, out.String(), "unknown variable OVERPLANE_CONTROLLER_LISEN")
 }
+
+func TestIssuedFilesMayGoIntoANewFolder(t *testing.T) {
+	dir := t.TempDir()
+	var out, errOut bytes.Buffer
+	for _, args := range [][]string{{"init"}, {"issue", "node", "n1", "--out", filepath.Join(dir, "new", "n1")}} {
+		require.Zero(t, run(t.Context(), append([]string{"pki", "--dir", dir}, args...), nil, &out, &errOut), errOut.String())
+	}
+	info, err := os.Stat(filepath.Join(dir, "new", "n1", "n1.key"))
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o600), info.Mode())
+}
