@@ -94,7 +94,7 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	if o.State == "" {
 		o.State = lab.StateFile
 	}
-	cellDefaults(&o)
+	cellDefaults(t, &o)
 	require.NoError(t, lab.Down(o.Name), "removing what an earlier run left")
 	t.Cleanup(func() {
 		require.NoError(t, lab.Down(o.Name))
@@ -126,6 +126,11 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 			}
 		}
 	})
+	if len(o.Wires) > 0 {
+		for _, n := range l.Nodes {
+			requireSockets(t, n, o.Uplink)
+		}
+	}
 	return l
 }
 

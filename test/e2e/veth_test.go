@@ -73,7 +73,7 @@ func TestVethPodsForward(t *testing.T) {
 				require.NoError(t, err)
 				t.Logf("tap to veth: %.2f Gbit/s", float64(64<<20)*8/d.Seconds()/1e9)
 			})
-			require.Eventually(t, func() bool { return freeFrames(t, l) >= frames }, 5*time.Second, 50*time.Millisecond, "frames leaked")
+			requireNoLeak(t, l, frames)
 		})
 	}
 }
