@@ -68,7 +68,7 @@ func TestBulkTransferArrivesWhole(t *testing.T) {
 	t.Parallel()
 	size := int64(1 << 30)
 	if testing.Short() {
-		size = 64 << 20
+		size = bulk(64 << 20)
 	}
 	for _, mtu := range []int{1500, 9000} {
 		t.Run(fmt.Sprintf("mtu=%d", mtu), func(t *testing.T) {

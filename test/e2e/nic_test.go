@@ -124,7 +124,21 @@ func carrierFollows(t *testing.T, l *lab.Lab) {
 // inRealTime skips what says something only where instructions take the time that they take on hardware.
 func inRealTime(t *testing.T) {
 	t.Helper()
-	if cpu, err := os.ReadFile("/proc/cpuinfo"); err == nil && strings.Contains(string(cpu), "QEMU TCG") {
+	if emulated() {
 		t.Skip("the processor is emulated: its time says nothing")
 	}
+}
+
+// emulated says whether the processor is.
+func emulated() bool {
+	cpu, err := os.ReadFile("/proc/cpuinfo")
+	return err == nil && strings.Contains(string(cpu), "QEMU TCG")
+}
+
+// bulk is how much a test transfers that wants a number of bytes to be many: an emulated processor takes minutes for what takes a second on hardware.
+func bulk(bytes int64) int64 {
+	if emulated() {
+		return bytes / 16
+	}
+	return bytes
 }

@@ -44,7 +44,7 @@ func TestTranslatedConnectionsSurviveRestartsAndCrashes(t *testing.T) {
 					f.requireAlive(t, 15*time.Second)
 				}
 			}
-			_, err := lab.Transfer(testContext(t), n1.Pods[1].End(), l.ExtEnd(), 4, 32<<20)
+			_, err := lab.Transfer(testContext(t), n1.Pods[1].End(), l.ExtEnd(), 4, bulk(32<<20))
 			require.NoError(t, err)
 		})
 	}
