@@ -47,6 +47,7 @@ func TestPodNamespaceDeletedUnderTheDaemon(t *testing.T) {
 func TestUplinkLosesItsCarrier(t *testing.T) {
 	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 2, Pods: 1})
+	carrierFollows(t, l)
 	n1, n2 := l.Nodes[0], l.Nodes[1]
 	f := openFlow(t, n1.Pods[0].End(), n2.Pods[0].End(), 4)
 	for range 2 {

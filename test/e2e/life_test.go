@@ -73,7 +73,7 @@ func TestTransferSurvivesCrashes(t *testing.T) {
 	eachFamily(t, func(t *testing.T, family int) {
 		done := make(chan error, 1)
 		go func() {
-			_, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), l.Nodes[1].Pods[0].End(), family, 256<<20)
+			_, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), l.Nodes[1].Pods[0].End(), family, bulk(256<<20))
 			done <- err
 		}()
 		for _, n := range l.Nodes {

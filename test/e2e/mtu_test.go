@@ -42,6 +42,9 @@ func TestPathMTU(t *testing.T) {
 		require.NoError(t, once(t, p, 8000))
 	})
 
+	if l.Options.PodPort == "veth" {
+		t.Skip("a veth drops by itself what is larger than the MTU of its other end: no such packet comes to the daemon")
+	}
 	// A pod that believes in a larger MTU than the underlay's.
 	require.NoError(t, lab.SetLinkMTU(from.Netns, "eth0", 3400))
 	eachFamily(t, func(t *testing.T, family int) {

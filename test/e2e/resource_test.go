@@ -18,10 +18,10 @@ const (
 	tickHertz  = 100 // USER_HZ, which every architecture's /proc uses
 )
 
-// A full node: 250 pods, one worker. Not beside other tests: it measures the daemon's time, and a daemon looks at its pods whenever a network
+// A full node: 250 pods, one worker, TAPs whatever the cell is. Not beside other tests: it measures the daemon's time, and a daemon looks at its pods whenever a network
 // namespace of the machine comes or goes.
 func TestResourcesOfAFullNode(t *testing.T) {
-	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1, PodPort: "tap", Workers: 1})
 	n1 := l.Nodes[0]
 	ctx := testContext(t)
 	pid := n1.Pid()
@@ -81,6 +81,7 @@ func TestResourcesOfAFullNode(t *testing.T) {
 // requireIdle checks that a process with nothing to do takes 1 % of a core at most, and the clock's granule.
 func requireIdle(t *testing.T, pid int, span time.Duration) {
 	t.Helper()
+	inRealTime(t)
 	time.Sleep(time.Second)
 	before := cpuTicks(t, pid)
 	time.Sleep(span)

@@ -53,7 +53,8 @@ func cells() []cell {
 var podPorts = []string{"tap", "veth"}
 
 // cellDefaults are what a lab of this run of the suite is made of where its test does not say.
-func cellDefaults(o *lab.Options) {
+func cellDefaults(t *testing.T, o *lab.Options) {
+	t.Helper()
 	parts := strings.Split(os.Getenv(cellVariable), "/")
 	if len(parts) != 3 {
 		return
@@ -63,6 +64,9 @@ func cellDefaults(o *lab.Options) {
 	}
 	if o.PodPort == "" {
 		o.PodPort = parts[1]
+	}
+	if o.Wires == nil {
+		o.Wires = wires(t)
 	}
 	if o.Workers == 0 {
 		o.Workers, _ = strconv.Atoi(strings.TrimPrefix(parts[2], "workers="))
@@ -75,6 +79,14 @@ func inCell(t *testing.T) {
 	if os.Getenv(cellVariable) != "" {
 		t.Skip("the suite runs for one cell of the matrix; this test has cells of its own")
 	}
+}
+
+// uplinkQueues is how many queues the uplink of a node with so many workers has. The NICs of test/kernels have one: the workers that have none get the uplink's packets from the one that has it.
+func uplinkQueues(l *lab.Lab, workers int) int {
+	if len(l.Wires) > 0 {
+		return 1
+	}
+	return workers
 }
 
 // row is a line of the table at the end.
@@ -144,7 +156,7 @@ func proveCell(t *testing.T, c cell) (goodput [2]float64) {
 		require.NoError(t, err)
 		require.Equal(t, forwarded[i], now, "the nodes' kernels forwarded packets")
 	}
-	require.Eventually(t, func() bool { return freeFrames(t, l) >= frames }, 5*time.Second, 50*time.Millisecond, "frames leak")
+	requireNoLeak(t, l, frames)
 
 	// Away and back: the node's own traffic goes on, the pods' is dropped meanwhile and goes on afterwards.
 	nodeFlow, podFlow := openFlow(t, n1.End(), n2.End(), 4), openFlow(t, n1.Pods[0].End(), n2.Pods[0].End(), 6)

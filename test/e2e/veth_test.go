@@ -65,15 +65,15 @@ func TestVethPodsForward(t *testing.T) {
 			requireProofs(t, l)
 			eachFamily(t, func(t *testing.T, family int) {
 				for _, to := range l.Nodes[0].Pods[1:] { // bulk to a TAP pod and to a veth pod of the node
-					d, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), to.End(), family, 64<<20)
+					d, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), to.End(), family, bulk(64<<20))
 					require.NoError(t, err)
-					t.Logf("veth to %s: %.2f Gbit/s", kindsOf(t, l.Nodes[0])[to.Name()], float64(64<<20)*8/d.Seconds()/1e9)
+					t.Logf("veth to %s: %.2f Gbit/s", kindsOf(t, l.Nodes[0])[to.Name()], float64(bulk(64<<20))*8/d.Seconds()/1e9)
 				}
-				d, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[1].End(), l.Nodes[0].Pods[0].End(), family, 64<<20)
+				d, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[1].End(), l.Nodes[0].Pods[0].End(), family, bulk(64<<20))
 				require.NoError(t, err)
-				t.Logf("tap to veth: %.2f Gbit/s", float64(64<<20)*8/d.Seconds()/1e9)
+				t.Logf("tap to veth: %.2f Gbit/s", float64(bulk(64<<20))*8/d.Seconds()/1e9)
 			})
-			require.Eventually(t, func() bool { return freeFrames(t, l) >= frames }, 5*time.Second, 50*time.Millisecond, "frames leaked")
+			requireNoLeak(t, l, frames)
 		})
 	}
 }
@@ -202,7 +202,7 @@ func TestVethPodsTransferSurvivesACrash(t *testing.T) {
 	l := newVethLab(t, lab.Options{Nodes: 2, Pods: 1, Workers: 2})
 	done := make(chan error, 1)
 	go func() {
-		_, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), l.Nodes[1].Pods[0].End(), 6, 128<<20)
+		_, err := lab.Transfer(testContext(t), l.Nodes[0].Pods[0].End(), l.Nodes[1].Pods[0].End(), 6, bulk(128<<20))
 		done <- err
 	}()
 	for i, n := range l.Nodes {

@@ -59,19 +59,19 @@ func down(name string) error {
 	if p, ok := readProcess(controllerPid(name)); ok { // it lives on another lab's underlay
 		errs = append(errs, p.end(3*time.Second))
 	}
+	errs = append(errs, removePins(name))
 	if l != nil {
 		// The ports on another lab's bridge go with their far ends, but not before the kernel has got round to it.
 		errs = append(errs, l.unplug())
 	}
 	for _, ns := range names {
-		errs = append(errs, deleteNetns(ns))
+		errs = append(errs, returnNICs(ns), deleteNetns(ns))
 	}
 	unlock, err := lockShared()
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	defer unlock()
-	errs = append(errs, removePins(name))
 	if pins, err := os.ReadDir(bpffsPath); mountedBPF && err == nil && len(pins) == 0 {
 		// Pins would go with the mount, and do not keep it busy: whoever else has some by now keeps it.
 		if err := unix.Unmount(bpffsPath, 0); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EINVAL) {
@@ -140,7 +140,7 @@ func (l *Lab) unplug() error {
 		if err != nil {
 			continue
 		}
-		if err := h.LinkDel(link); err != nil {
+		if err := h.remove(link); err != nil {
 			return fmt.Errorf("%s: port %s: %w", l.Gateway(), n.Name(), err)
 		}
 	}
@@ -149,6 +149,11 @@ func (l *Lab) unplug() error {
 
 // removePins removes the lab's folder of the BPF file system: with its pins, programs detach.
 func removePins(name string) error {
+	unlock, err := lockShared()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := os.RemoveAll(filepath.Join(pinRoot, name)); err != nil {
 		return err
 	}

@@ -112,12 +112,14 @@ func (l *Lab) Drain(ctx context.Context, name string) error {
 		namespaces = append(namespaces, p.Netns())
 	}
 	errs := []error{endProcesses(namespaces)}
+	errs = append(errs, os.RemoveAll(n.BPFDir()))
 	if h, err := openHandle(l.Gateway()); err == nil {
 		if link, err := h.LinkByName(n.Name()); err == nil {
-			errs = append(errs, h.LinkDel(link))
+			errs = append(errs, h.remove(link))
 		}
 		h.close()
 	}
+	errs = append(errs, returnNICs(n.Netns()))
 	for _, ns := range namespaces {
 		errs = append(errs, deleteNetns(ns))
 	}
@@ -127,7 +129,7 @@ func (l *Lab) Drain(ctx context.Context, name string) error {
 		n.notify = nil
 	}
 	n.mu.Unlock()
-	errs = append(errs, os.RemoveAll(n.BPFDir()), os.RemoveAll(n.Dir()))
+	errs = append(errs, os.RemoveAll(n.Dir()))
 	l.Nodes = slices.DeleteFunc(l.Nodes, func(m *Node) bool { return m == n })
 	errs = append(errs, l.save())
 	return errors.Join(errs...)

@@ -26,7 +26,7 @@ type ifreqData struct {
 	_    [24 - unsafe.Sizeof(uintptr(0))]byte
 }
 
-// disableTxOffloads makes a veth device of the calling thread's namespace behave like a wire: checksums are finished and segments are
+// disableTxOffloads makes a device of the calling thread's namespace behave like a wire: checksums are finished and segments are
 // cut before a frame enters it. What stands behind an AF_XDP socket would otherwise see unfinished sums and 64 KiB frames.
 func disableTxOffloads(ifname string) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
@@ -46,7 +46,7 @@ func disableTxOffloads(ifname string) error {
 		// value and req live on this stack frame until the call returns, and the kernel keeps neither pointer.
 		req := ifreqData{data: unsafe.Pointer(&value)}
 		copy(req.name[:unix.IFNAMSIZ-1], ifname)
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 && errno != unix.EOPNOTSUPP { // what a device has not is off
 			return fmt.Errorf("%s: turning %s offload off: %w", ifname, c.what, errno)
 		}
 	}

@@ -27,6 +27,8 @@ type Options struct {
 	State     string `json:"state"`      // StateController, or StateFile: the lab writes the nodes' state files itself; "controller"
 	Underlay  string `json:"underlay"`   // name of the lab whose gw namespace is joined; empty: an underlay of its own
 
+	// Wires, if there are any, take the place of the nodes' veth pairs. They serve one node each, and go back to the machine with the lab.
+	Wires []Wire `json:"wires,omitempty"`
 	// Binaries is the folder with overplaned; see FindBinaries.
 	Binaries string `json:"binaries"`
 	// Env are further OVERPLANE_* settings of every daemon, NAME=value.

@@ -228,8 +228,13 @@ func buildNode(o *Options, gw, ns string, n int) error {
 		return err
 	}
 	defer h.close()
-	port := nodeName(n)
-	if err := h.wire(port, ns, wireOptions{mtu: o.MTU, queues: o.Queues, mac: nodeMAC(n), bridge: bridgeName}); err != nil {
+	w := wireOptions{mtu: o.MTU, queues: o.Queues, mac: nodeMAC(n), bridge: bridgeName}
+	if len(o.Wires) > 0 {
+		err = h.plug(nodeName(n), ns, o.Wires, w)
+	} else {
+		err = h.wire(nodeName(n), ns, w)
+	}
+	if err != nil {
 		return err
 	}
 	return configureEnd(ns,
@@ -261,6 +266,11 @@ func (h *netnsHandle) wire(near, far string, w wireOptions) error {
 	if err := h.LinkAdd(veth); err != nil {
 		return fmt.Errorf("%s: veth %s to %s: %w", h.name, near, far, err)
 	}
+	return h.join(near, far, w)
+}
+
+// join makes the two ends of a wire behave like one, makes the near end a port of the bridge, and brings both up.
+func (h *netnsHandle) join(near, far string, w wireOptions) error {
 	for _, end := range []struct{ ns, dev string }{{h.name, near}, {far, uplinkName}} {
 		if err := InNetns(end.ns, func() error { return disableTxOffloads(end.dev) }); err != nil {
 			return fmt.Errorf("%s: %w", end.ns, err)
