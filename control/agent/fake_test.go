@@ -130,6 +130,8 @@ func (f *fakePlatform) HostPorts() (tcp, udp []uint16, err error) {
 	return []uint16{22, 10250}, []uint16{53}, nil
 }
 
+func (f *fakePlatform) HostConnections() ([]uint16, error) { return []uint16{22, 10251}, nil }
+
 func (f *fakePlatform) ReservePorts(first, last uint16) error { return nil }
 
 type fakeSteering struct {

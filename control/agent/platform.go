@@ -125,8 +125,10 @@ type Steering interface {
 // Platform is the machine. The agent's goroutine calls it; the callbacks given to WatchUplink and WatchPods run on goroutines of its own.
 // Errors are for people: they say what failed, on what, and what to do.
 type Platform interface {
-	// HostPorts lists the ports that the node's own TCP and UDP sockets hold, in any order, perhaps more than once.
+	// HostPorts lists the ports that the node's own listening TCP and UDP sockets hold, in any order, perhaps more than once.
 	HostPorts() (tcp, udp []uint16, err error)
+	// HostConnections is HostPorts for the other TCP sockets. It takes milliseconds.
+	HostConnections() ([]uint16, error)
 	// ReservePorts keeps the kernel from choosing ports of the range, both ends included, for sockets that name none.
 	ReservePorts(first, last uint16) error
 

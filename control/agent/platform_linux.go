@@ -38,6 +38,8 @@ func NewPlatform(cfg Config, log *slog.Logger) Platform { return &linux{cfg: cfg
 
 func (l *linux) HostPorts() (tcp, udp []uint16, err error) { return kernel.BoundPorts() }
 
+func (l *linux) HostConnections() ([]uint16, error) { return kernel.ConnectionPorts() }
+
 func (l *linux) ReservePorts(first, last uint16) error { return kernel.ReservePorts(first, last) }
 
 func (l *linux) Preflight(frameMemory uint64) error { return preflight(&l.cfg, frameMemory) }

@@ -86,6 +86,8 @@ type translation struct {
 	translators []*snat.Translator
 
 	hostTCP, hostUDP []uint16 // ports of the range that the node's own sockets hold
+	connections      []uint16 // ports of the node's TCP sockets that do not listen, as of the last look for them
+	looks            int
 	hostProblem      string
 	reserveProblem   string
 }
@@ -187,9 +189,18 @@ func (t *translation) close() {
 	t.translators = nil
 }
 
+// connectionsEvery is at how many looks for the node's sockets those of connections are looked for, too, which takes the kernel some milliseconds. They rarely have
+// a port of the range: only if the program chose it, since the range is reserved.
+const connectionsEvery = 10
+
 // watchHostPorts finds out which ports of the range the node's own sockets hold, and reserves the range. It reports whether they changed.
 func (a *Agent) watchHostPorts(t *translation) bool {
 	tcp, udp, err := a.plat.HostPorts()
+	if t.looks%connectionsEvery == 0 && err == nil {
+		t.connections, err = a.plat.HostConnections()
+	}
+	t.looks++
+	tcp = append(tcp, t.connections...)
 	problem := ""
 	if err != nil {
 		problem = fmt.Sprintf("the ports that the node's own sockets hold cannot be read: %v", err)
