@@ -68,10 +68,14 @@ func (a *Allocator) Register(ctx context.Context, f Facts) (revision int64, err 
 	})
 }
 
-// claim adds the claims of the blocks that a node lacks.
+// claim adds the claims of the blocks that a node lacks. A block whose release it never acknowledged is still its own, and stays so now that the release was
+// taken back.
 func (a *Allocator) claim(t *Table, tx *Tx, node string) error {
 	has := make(map[Family]bool)
 	for _, b := range t.Owned(node) {
+		if b.State == Releasing {
+			a.move(tx, b, Allocated, false)
+		}
 		if b.Held() {
 			has[FamilyOf(b.CIDR)] = true
 		}

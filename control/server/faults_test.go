@@ -163,6 +163,39 @@ func TestNodeThatComesBackAfterItsBlockWentToCooldown(t *testing.T) {
 	require.Equal(t, []string{"10.245.0.0/24"}, n2.own())
 }
 
+// A release that is taken back before the owner heard of it leaves the owner its block.
+func TestReleaseIsTakenBack(t *testing.T) {
+	c := newCluster(t, onePool(16), nil)
+	n1, n2 := c.join(1, nil), c.join(2, nil)
+	c.converged(n1, n2)
+	own := n2.own()[0]
+	n2.stop()
+	c.release("n2", false)
+	_, err := c.admin().DrainNode(t.Context(), &controlv1.DrainNodeRequest{Node: "n2", Undo: true})
+	require.NoError(t, err)
+	n2 = c.join(2, nil)
+	c.converged(n1, n2)
+	require.Equal(t, []string{own}, n2.own())
+	require.Equal(t, controlv1.BlockState_BLOCK_STATE_ALLOCATED, c.block(own).GetState())
+	// The same while it is connected, its data plane being slow.
+	heard := make(chan struct{}, 10)
+	n2.mu.Lock()
+	n2.hook = func(s *controlv1.NodeState) error {
+		if len(s.GetOwnBlocks()) == 0 {
+			heard <- struct{}{}
+			return syncclient.Failures{{Kind: "own_block", Key: own, Reason: "a pod uses it"}}
+		}
+		return nil
+	}
+	n2.mu.Unlock()
+	c.release("n2", false)
+	<-heard
+	_, err = c.admin().DrainNode(t.Context(), &controlv1.DrainNodeRequest{Node: "n2", Undo: true})
+	require.NoError(t, err)
+	c.converged(n1, n2)
+	require.Equal(t, []string{own}, n2.own())
+}
+
 func TestTwoNodesRaceForTheLastBlock(t *testing.T) {
 	c := newCluster(t, onePool(24), nil)
 	n1, n2 := c.join(1, nil), c.join(2, nil)
