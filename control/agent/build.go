@@ -35,6 +35,15 @@ type Input struct {
 	Pods      []PodPort
 }
 
+// Desire makes a state, which must be valid and this node's, the desired one.
+func (in *Input) Desire(s *controlv1.NodeState) error {
+	d, err := checkState(in.Node, s)
+	if err == nil {
+		in.state = d
+	}
+	return err
+}
+
 // PodPort is one attached pod in its slot.
 type PodPort struct {
 	Slot         int
