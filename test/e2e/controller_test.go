@@ -2,8 +2,11 @@ package e2e
 
 import (
 	"context"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -34,15 +37,40 @@ func requireBlocks(t *testing.T, l *lab.Lab, node string, states ...controlv1.Bl
 }
 
 // underTraffic does something while pods of the nodes that are there talk, a hundred datagrams a second in each flow; none may be lost.
-func underTraffic(t *testing.T, l *lab.Lab, do func()) {
+func underTraffic(t *testing.T, l *lab.Lab, do func(), nodes ...*lab.Node) {
 	t.Helper()
-	traffic, err := l.StartTraffic()
+	traffic, err := l.StartTraffic(nodes...)
 	require.NoError(t, err)
 	do()
 	sent, err := traffic.Stop()
 	require.NoError(t, err)
 	require.NotZero(t, sent)
 	t.Logf("0 of %d datagrams lost", sent)
+}
+
+// snapshots are the generations of what a daemon's workers forward by.
+func snapshots(t *testing.T, n *lab.Node) (out []uint64) {
+	t.Helper()
+	for _, w := range status(t, n).GetWorkers() {
+		out = append(out, w.GetSnapshot())
+	}
+	return out
+}
+
+// hasRoute reports whether a node forwards by a prefix.
+func hasRoute(t *testing.T, n *lab.Node, prefix string) (has bool) {
+	t.Helper()
+	require.NoError(t, n.Call(testContext(t), func(ctx context.Context, c controlv1.LocalServiceClient) error {
+		r, err := c.ListRoutes(ctx, &controlv1.ListRoutesRequest{})
+		has = slices.ContainsFunc(r.GetRoutes(), func(r *controlv1.ProgrammedRoute) bool { return r.GetPrefix() == prefix })
+		return err
+	}))
+	return has
+}
+
+func requireRoute(t *testing.T, n *lab.Node, prefix string) {
+	t.Helper()
+	require.Eventually(t, func() bool { return hasRoute(t, n, prefix) }, 20*time.Second, 20*time.Millisecond, "%s does not hear of %s", n.Name(), prefix)
 }
 
 func TestNodesOfAController(t *testing.T) {
@@ -72,18 +100,51 @@ func TestNodesOfAController(t *testing.T) {
 	}
 
 	t.Run("a_daemon_starts_while_it_is_away", func(t *testing.T) {
+		outage := 2 * time.Second
+		if full() {
+			outage = time.Minute
+		}
+		generations := map[string][]uint64{n1.Name(): snapshots(t, n1), n3.Name(): snapshots(t, n3)}
 		before := status(t, n2).GetProgrammed()
-		require.NoError(t, l.KillController())
-		require.NoError(t, n2.Kill())
-		require.NoError(t, n2.Start(testContext(t)))
-		s := status(t, n2)
-		require.True(t, s.GetReady(), "%v", s.GetProblems())
-		require.False(t, s.GetController().GetConnected())
-		require.NotEmpty(t, s.GetWarnings())
-		require.True(t, api.EqualVersions(before, s.GetProgrammed()), "it forwards by the table on disk")
-		requireReachable(t, n1.Pods[0].End(), n2.Pods[0].End())
+		// The flows of the daemon that starts anew begin with it; all others go on from before to after.
 		underTraffic(t, l, func() {
-			require.NoError(t, l.StartController(testContext(t)))
+			require.NoError(t, l.KillController())
+			end := time.Now().Add(outage)
+			require.NoError(t, n2.Kill())
+			require.NoError(t, n2.Start(testContext(t)))
+			s := status(t, n2)
+			require.True(t, s.GetReady(), "%v", s.GetProblems())
+			require.False(t, s.GetController().GetConnected())
+			require.NotEmpty(t, s.GetWarnings())
+			require.True(t, api.EqualVersions(before, s.GetProgrammed()), "it forwards by the table on disk")
+			requireReachable(t, n1.Pods[0].End(), n2.Pods[0].End())
+			generations[n2.Name()] = snapshots(t, n2)
+			underTraffic(t, l, func() {
+				time.Sleep(time.Until(end))
+				require.NoError(t, l.StartController(testContext(t)))
+				require.NoError(t, l.WaitProgrammed(testContext(t)))
+			})
+		}, n1, n3)
+		for _, n := range l.Nodes {
+			require.Equal(t, generations[n.Name()], snapshots(t, n), "%s changed what it forwards by, though nothing changed", n.Name())
+		}
+	})
+
+	t.Run("a_node_is_cut_off_from_it", func(t *testing.T) {
+		// The router's part of the underlay is lost to n3: the controller is there, the other nodes are not.
+		rules := "table inet cut { chain out { type filter hook output priority 0; tcp dport 7443-7445 drop; }; chain in { type filter hook input priority 0; tcp sport 7443-7445 drop; }; }"
+		underTraffic(t, l, func() {
+			Exec(t, n3.Netns(), "nft", rules)
+			const news = "10.9.0.0/24"
+			require.NoError(t, l.AdminCall(testContext(t), func(ctx context.Context, c controlv1.AdminServiceClient) error {
+				_, err := c.SetStaticRoute(ctx, &controlv1.SetStaticRouteRequest{Route: &controlv1.Route{Prefix: news, Target: &controlv1.Route_Unreachable{Unreachable: true}}})
+				return err
+			}))
+			requireRoute(t, n1, news)
+			requireRoute(t, n2, news)
+			require.False(t, hasRoute(t, n3, news), "n3 heard of it though it is cut off")
+			Exec(t, n3.Netns(), "nft", "delete table inet cut")
+			requireRoute(t, n3, news) // what TCP lost it sends again, a little later each time
 			require.NoError(t, l.WaitProgrammed(testContext(t)))
 		})
 	})
@@ -164,4 +225,70 @@ func TestTwoControllersShareAnUnderlay(t *testing.T) {
 		require.EqualValues(t, 2, r.GetConverged())
 		require.Len(t, r.GetNodes(), 2, "neither has heard of the other's nodes")
 	}
+
+	// Both at once, with the same addresses: each pod receives exactly what its own cluster's sent to it. Both clusters' flows have ports of their own, so a
+	// datagram that strayed would find no socket.
+	type counters struct{ datagrams, noPort uint64 }
+	read := func(l *lab.Lab) (c counters) {
+		for _, n := range l.Nodes {
+			in, no := udpCounters(t, n.Pods[0].Netns())
+			c.datagrams, c.noPort = c.datagrams+in, c.noPort+no
+		}
+		return c
+	}
+	before := []counters{read(a), read(b)}
+	both := []*lab.Traffic{nil, nil}
+	for i, l := range []*lab.Lab{a, b} {
+		var err error
+		both[i], err = l.StartTraffic()
+		require.NoError(t, err)
+	}
+	n5, err := b.AddNode(testContext(t)) // also while one of them changes
+	require.NoError(t, err)
+	require.NoError(t, b.Drain(testContext(t), n5.Name()))
+	for i, l := range []*lab.Lab{a, b} {
+		sent, err := both[i].Stop()
+		require.NoError(t, err, "lab %s", l.Name)
+		after := read(l)
+		require.Equal(t, sent, after.datagrams-before[i].datagrams, "pods of lab %s received other datagrams than were sent to them", l.Name)
+		require.Equal(t, before[i].noPort, after.noPort, "pods of lab %s received datagrams that nobody sent them", l.Name)
+		t.Logf("lab %s: %d datagrams, each where it belongs", l.Name, sent)
+	}
+}
+
+// udpCounters are how many datagrams a namespace's sockets took, and how many came for ports that nobody listens on, IPv4 and IPv6.
+func udpCounters(t *testing.T, netns string) (datagrams, noPort uint64) {
+	t.Helper()
+	require.NoError(t, lab.InNetns(netns, func() error {
+		v4, err := os.ReadFile("/proc/thread-self/net/snmp")
+		if err != nil {
+			return err
+		}
+		v6, err := os.ReadFile("/proc/thread-self/net/snmp6")
+		if err != nil {
+			return err
+		}
+		var lines [][]string
+		for line := range strings.Lines(string(v4) + string(v6)) {
+			lines = append(lines, strings.Fields(line))
+		}
+		number := func(s string) uint64 {
+			n, err := strconv.ParseUint(s, 10, 64)
+			require.NoError(t, err)
+			return n
+		}
+		for i, l := range lines {
+			switch {
+			case l[0] == "Udp:" && l[1] == "InDatagrams":
+				datagrams += number(lines[i+1][1])
+				noPort += number(lines[i+1][2])
+			case l[0] == "Udp6InDatagrams":
+				datagrams += number(l[1])
+			case l[0] == "Udp6NoPorts":
+				noPort += number(l[1])
+			}
+		}
+		return nil
+	}))
+	return datagrams, noPort
 }

@@ -32,11 +32,14 @@ type trafficFlow struct {
 	got      []bool // by sequence number; the receiver's until it ends
 }
 
-// StartTraffic starts a flow of each family between the first pods of every two nodes, both ways.
-func (l *Lab) StartTraffic() (*Traffic, error) {
+// StartTraffic starts a flow of each family between the first pods of every two of the nodes, both ways; none named: all nodes of the lab.
+func (l *Lab) StartTraffic(nodes ...*Node) (*Traffic, error) {
+	if len(nodes) == 0 {
+		nodes = l.Nodes
+	}
 	t := &Traffic{stop: func() {}}
-	for _, a := range l.Nodes {
-		for _, b := range l.Nodes {
+	for _, a := range nodes {
+		for _, b := range nodes {
 			if a == b || len(a.Pods) == 0 || len(b.Pods) == 0 {
 				continue
 			}
