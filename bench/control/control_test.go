@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -49,7 +50,8 @@ func TestBounds(t *testing.T) {
 	if os.Getenv("OVERPLANE_E2E") != "full" {
 		t.Skip("OVERPLANE_E2E=full runs it: 5,000 nodes take about a minute of two cores")
 	}
-	r, err := Run(t.Context(), Options{Binaries: programs(t), Log: t.Logf})
+	nodes, _ := strconv.Atoi(os.Getenv("OVERPLANE_SCALE_NODES")) // 0: the default
+	r, err := Run(t.Context(), Options{Binaries: programs(t), Nodes: nodes, Log: t.Logf})
 	require.NoError(t, err)
 	t.Log("\n" + r.String())
 	require.Empty(t, r.Exceeded())

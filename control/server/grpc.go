@@ -45,7 +45,7 @@ func NewHealth(v *Server) Health {
 // NodeServer is the gRPC server that nodes dial: ControlService and health. The configuration must ask for nodes' certificates (pki.Files.Server).
 func (v *Server) NodeServer(c *tls.Config, h Health) *grpc.Server {
 	s := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(c)), grpc.ForceServerCodecV2(newCodec()),
+		grpc.Creds(paced(credentials.NewTLS(c))), grpc.ForceServerCodecV2(newCodec()),
 		grpc.ReadBufferSize(readBuffer), grpc.WriteBufferSize(writeBuffer),
 		grpc.MaxRecvMsgSize(maxFromNode), grpc.MaxConcurrentStreams(8),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minKeepalive, PermitWithoutStream: true}),

@@ -18,6 +18,7 @@ type progress struct {
 	led   time.Time // when this process came to lead
 	grace time.Duration
 	nodes map[string]*nodeProgress
+	ahead map[string]uint64 // revision that a node has and the store never came to
 }
 
 // nodeProgress is one node's, also after its stream ended.
@@ -53,6 +54,19 @@ func (p *progress) attach(s *stream, have, programmed *controlv1.Version) {
 		n.stream.end(errReplaced)
 	}
 	*n = nodeProgress{stream: s, facts: s.facts, since: p.now(), accepted: have, programmed: programmed, behind: p.now()}
+}
+
+// lost remembers that a node has a revision that the store never came to, unless it is 0, and returns the one that is remembered.
+func (p *progress) lost(node string, revision uint64) uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if revision != 0 {
+		if p.ahead == nil {
+			p.ahead = make(map[string]uint64)
+		}
+		p.ahead[node] = revision
+	}
+	return p.ahead[node]
 }
 
 func (p *progress) detach(s *stream) {

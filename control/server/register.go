@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -64,6 +65,38 @@ func (s *stream) hello(ctx context.Context) (*controlv1.Hello, error) {
 		}
 		return f.m.GetHello(), nil
 	}
+}
+
+// wentBack is the status of a node that knows more of the store's history than the store does.
+func wentBack(has *controlv1.Version, revision uint64) error {
+	return status.Errorf(codes.FailedPrecondition, "the node has version %s, but the store is only at revision %d: it went back in its history, as after a copy of its files; "+
+		"overplane-controller restore makes a new history", api.FormatVersion(has), revision)
+}
+
+// sameHistory refuses a node that has a version which the store never came to. What the store says of the node's blocks is not to be trusted then, so this comes
+// before the node is registered, and stays so when the store's new history is as long as the one that was lost.
+func (s *stream) sameHistory(ctx context.Context, have *controlv1.Version) error {
+	now := s.v.graph.version()
+	if have.GetIncarnation() != now.GetIncarnation() {
+		return nil
+	}
+	if before := s.v.progress.lost(s.node, 0); before != 0 && before == have.GetRevision() {
+		return wentBack(have, now.GetRevision())
+	}
+	if have.GetRevision() <= now.GetRevision() {
+		return nil
+	}
+	// Another controller may have made it, and the table here be late.
+	newest, err := s.v.store.Newest(ctx)
+	if err != nil {
+		return refusal(fmt.Errorf("%w: %w", ipam.ErrUnknownOutcome, err))
+	}
+	if int64(have.GetRevision()) <= newest {
+		return nil
+	}
+	s.v.progress.lost(s.node, have.GetRevision())
+	s.v.log.Error("a node has a version that the store never came to: the store went back in its history", "node", s.node, "has", api.FormatVersion(have), "revision", newest)
+	return wentBack(have, uint64(newest))
 }
 
 // register makes the node a member, and waits until the table has it.

@@ -70,6 +70,9 @@ func (n *nodeServer) Sync(g grpc.BidiStreamingServer[controlv1.SyncRequest, cont
 	if err != nil {
 		return err
 	}
+	if err := s.sameHistory(ctx, hello.GetHave()); err != nil {
+		return err
+	}
 	if err := s.register(ctx, hello); err != nil {
 		return err
 	}
@@ -155,8 +158,7 @@ func (s *stream) send(ctx context.Context) error {
 		allowed, allowance := s.v.allowed.get(s.v.progress.now())
 		g, behind := s.v.graph.next(s.node, s.at)
 		if behind {
-			return status.Errorf(codes.FailedPrecondition, "the node has version %s, but the store is only at %s: it went back in its history, as after a copy of its files; "+
-				"overplane-controller restore makes a new history", api.FormatVersion(s.at.version), api.FormatVersion(s.v.graph.version()))
+			return wentBack(s.at.version, s.v.graph.version().GetRevision())
 		}
 		if g == nil {
 			newest := s.v.graph.version()

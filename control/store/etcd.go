@@ -82,6 +82,14 @@ func (e *etcd) watch(ctx context.Context, after int64, f func(int64, []ipam.KV))
 	return errors.Join(errors.New("the watch was closed"), ctx.Err())
 }
 
+func (e *etcd) revision(ctx context.Context) (int64, error) {
+	r, err := e.c.Get(ctx, e.leader(), clientv3.WithKeysOnly()) // linearizable
+	if err != nil {
+		return 0, err
+	}
+	return r.Header.GetRevision(), nil
+}
+
 func (e *etcd) commit(ctx context.Context, tx ipam.Tx, fence int64) (int64, error) {
 	var conditions []clientv3.Cmp
 	if fence != 0 {

@@ -11,14 +11,14 @@ import (
 
 // Memory is a store without etcd: what several controllers share in a test. Its methods may be called concurrently.
 type Memory struct {
-	mu       sync.Mutex
-	revision int64
-	records  map[string]ipam.KV
-	history  []memoryWrite
-	moved    chan struct{}
-	leader   int64         // create revision of the leader's key; 0: nobody leads
-	lost     chan struct{} // the leader's
-	vacant   chan struct{} // closed while nobody leads
+	mu      sync.Mutex
+	at      int64 // revision
+	records map[string]ipam.KV
+	history []memoryWrite
+	moved   chan struct{}
+	leader  int64         // create revision of the leader's key; 0: nobody leads
+	lost    chan struct{} // the leader's
+	vacant  chan struct{} // closed while nobody leads
 
 	// Fault, if set, is asked before every transaction, without locks held. If happens is false it is not run; err is what its caller gets in any case,
 	// nil for the truth. Set it before the first use.
@@ -32,7 +32,7 @@ type memoryWrite struct {
 
 // NewMemory returns an empty store.
 func NewMemory() *Memory {
-	m := &Memory{revision: 1, records: make(map[string]ipam.KV), moved: make(chan struct{}), vacant: make(chan struct{})}
+	m := &Memory{at: 1, records: make(map[string]ipam.KV), moved: make(chan struct{}), vacant: make(chan struct{})}
 	close(m.vacant)
 	return m
 }
@@ -48,7 +48,7 @@ func (m *Memory) load(context.Context) ([]ipam.KV, int64, error) {
 		out = append(out, kv)
 	}
 	slices.SortFunc(out, func(a, b ipam.KV) int { return strings.Compare(a.Key, b.Key) })
-	return out, m.revision, nil
+	return out, m.at, nil
 }
 
 func (m *Memory) watch(ctx context.Context, after int64, f func(int64, []ipam.KV)) error {
@@ -70,6 +70,12 @@ func (m *Memory) watch(ctx context.Context, after int64, f func(int64, []ipam.KV
 		case <-moved:
 		}
 	}
+}
+
+func (m *Memory) revision(context.Context) (int64, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.at, nil
 }
 
 func (m *Memory) commit(ctx context.Context, tx ipam.Tx, fence int64) (int64, error) {
@@ -102,31 +108,31 @@ func (m *Memory) run(tx ipam.Tx, fence int64) (int64, error) {
 			return 0, ipam.ErrConflict
 		}
 	}
-	m.revision++
-	w := memoryWrite{revision: m.revision}
+	m.at++
+	w := memoryWrite{revision: m.at}
 	for _, kv := range tx.Put {
-		kv.Revision = m.revision
+		kv.Revision = m.at
 		m.records[kv.Key] = kv
 		w.writes = append(w.writes, kv)
 	}
 	for _, k := range tx.Delete {
 		if _, ok := m.records[k]; ok {
 			delete(m.records, k)
-			w.writes = append(w.writes, ipam.KV{Key: k, Revision: m.revision})
+			w.writes = append(w.writes, ipam.KV{Key: k, Revision: m.at})
 		}
 	}
 	m.history = append(m.history, w)
 	close(m.moved)
 	m.moved = make(chan struct{})
-	return m.revision, nil
+	return m.at, nil
 }
 
 func (m *Memory) campaign(ctx context.Context, _ string) (int64, <-chan struct{}, error) {
 	for {
 		m.mu.Lock()
 		if m.leader == 0 {
-			m.revision++
-			m.leader, m.lost, m.vacant = m.revision, make(chan struct{}), make(chan struct{})
+			m.at++
+			m.leader, m.lost, m.vacant = m.at, make(chan struct{}), make(chan struct{})
 			defer m.mu.Unlock()
 			return m.leader, m.lost, nil
 		}

@@ -19,6 +19,8 @@ type backend interface {
 	load(ctx context.Context) ([]ipam.KV, int64, error)
 	// watch calls f with every revision's writes after the given one, in order, until it fails. A nil value is a removal.
 	watch(ctx context.Context, after int64, f func(revision int64, writes []ipam.KV)) error
+	// revision is the backend's newest one, whoever made it.
+	revision(ctx context.Context) (int64, error)
 	// commit runs a transaction; fence is the leader key's create revision, 0 for none.
 	commit(ctx context.Context, tx ipam.Tx, fence int64) (int64, error)
 	// campaign returns when this process leads. lost is closed when it does no more.
@@ -198,6 +200,13 @@ func (s *Store) Latest(ctx context.Context) (int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
 	return s.b.commit(ctx, ipam.Tx{Put: []ipam.KV{{Key: syncKey, Value: []byte("1")}}}, 0)
+}
+
+// Newest is the backend's newest revision. Unlike Latest it writes nothing, and the table may not come to have it by itself.
+func (s *Store) Newest(ctx context.Context) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	return s.b.revision(ctx)
 }
 
 // Commit implements ipam.Store.

@@ -3,7 +3,10 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -124,4 +127,23 @@ func newEtcd(t *testing.T) *sim.Etcd {
 func eachStore(t *testing.T, f func(t *testing.T, env []string)) {
 	t.Run("embedded", func(t *testing.T) { f(t, nil) })
 	t.Run("etcd-server", func(t *testing.T) { f(t, []string{"ETCD_ENDPOINTS=" + newEtcd(t).Endpoint}) })
+}
+
+// newMountHolder mounts a tmpfs of that size at a folder, in a mount namespace of a process that ends with the test, and returns the namespace's path.
+func newMountHolder(t *testing.T, dir, size string) string {
+	t.Helper()
+	cmd := exec.Command(tool(t, "unshare"), "--mount", "--propagation", "private", "sh", "-c", `mount -t tmpfs -o size="$2" tmpfs "$1" && echo ready && exec cat`, "sh", dir, size)
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		in.Close()
+		_ = cmd.Wait() // cat ends with its input
+	})
+	line := make([]byte, 6)
+	_, err = io.ReadFull(out, line)
+	require.NoError(t, err, "the tmpfs cannot be mounted")
+	return fmt.Sprintf("/proc/%d/ns/mnt", cmd.Process.Pid)
 }

@@ -1,0 +1,95 @@
+package server
+
+import (
+	"errors"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/credentials"
+)
+
+// handshakes paces TLS handshakes. When thousands of nodes dial at once, as after an outage, and all handshakes progress alike, none may be done before its
+// client loses patience (gRPC's is 20 s) and dials again: all work is lost, for ever. So a few are done at a time, and those whose client has left meanwhile are not
+// begun.
+type handshakes struct {
+	credentials.TransportCredentials
+	slots chan struct{}
+}
+
+const (
+	// handshakeSlots are for more than there are cores, since a handshake waits for the network once.
+	handshakeSlots = 16
+	// maxHandshake is for how long one handshake may have a slot, whatever its client does.
+	maxHandshake = time.Second
+)
+
+func paced(c credentials.TransportCredentials) credentials.TransportCredentials {
+	return &handshakes{c, make(chan struct{}, handshakeSlots)}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (h *handshakes) Clone() credentials.TransportCredentials {
+	return &handshakes{h.TransportCredentials.Clone(), h.slots}
+}
+
+var errLeft = errors.New("the client has left")
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (h *handshakes) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	// Who says nothing waits without a slot, until gRPC's deadline.
+	first := &peeked{Conn: c}
+	n, err := c.Read(first.b[:])
+	if err != nil {
+		return nil, nil, errors.Join(err, c.Close())
+	}
+	first.n = n
+	h.slots <- struct{}{}
+	t := time.AfterFunc(maxHandshake, func() { <-h.slots })
+	defer func() {
+		if t.Stop() {
+			<-h.slots
+		}
+	}()
+	if left(c) {
+		return nil, nil, errors.Join(errLeft, c.Close())
+	}
+	return h.TransportCredentials.ServerHandshake(first)
+}
+
+// peeked is a connection of which a byte was read already.
+type peeked struct {
+	net.Conn
+	b [1]byte
+	n int
+}
+
+func (p *peeked) Read(b []byte) (int, error) {
+	if p.n > 0 && len(b) > 0 {
+		p.n = 0
+		b[0] = p.b[0]
+		return 1, nil
+	}
+	return p.Conn.Read(b)
+}
+
+// tcpEstablished is TCP_ESTABLISHED of include/net/tcp_states.h: the peer has not closed its end.
+const tcpEstablished = 1
+
+func left(c net.Conn) (left bool) {
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return true
+	}
+	if err := raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		left = err == nil && info.State != tcpEstablished
+	}); err != nil {
+		return true
+	}
+	return left
+}
