@@ -15,7 +15,7 @@ const outage = 3 * time.Second
 // ControlProofs are what `overplane lab run` shows of the controller, in order. They change the lab, put it back, and serve both families at once.
 func ControlProofs() []Proof {
 	return []Proof{
-		{"a node joins under traffic, leaves, its block is free", proveComeAndGo},
+		{"a node joins under traffic, is drained, its block rests and is free", proveComeAndGo},
 		{"controller killed under traffic, started again", proveOutage},
 	}
 }
@@ -47,7 +47,8 @@ func proveOutage(ctx context.Context, l *Lab, _ int) (string, error) {
 }
 
 func proveComeAndGo(ctx context.Context, l *Lab, _ int) (string, error) {
-	return l.underTraffic(func() error {
+	block, rest := "", time.Duration(0)
+	lost, err := l.underTraffic(func() error {
 		n, err := l.AddNode(ctx)
 		if err != nil {
 			return err
@@ -63,6 +64,8 @@ func proveComeAndGo(ctx context.Context, l *Lab, _ int) (string, error) {
 		if err := l.Drain(ctx, n.Name()); err != nil {
 			return err
 		}
+		drained := time.Now()
+		defer func() { block, rest = n.BlockIPv4.String(), time.Since(drained) }()
 		return l.waitFor(ctx, "the blocks of "+n.Name()+" are free", func(ctx context.Context) (bool, error) {
 			blocks, err := l.Blocks(ctx, n.Name())
 			for _, b := range blocks {
@@ -73,6 +76,7 @@ func proveComeAndGo(ctx context.Context, l *Lab, _ int) (string, error) {
 			return err == nil, err
 		})
 	})
+	return fmt.Sprintf("%s; %s free after %.1f s", lost, block, rest.Seconds()), err
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
