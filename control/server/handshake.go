@@ -3,6 +3,8 @@ package server
 import (
 	"errors"
 	"net"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -10,11 +12,11 @@ import (
 )
 
 // handshakes paces TLS handshakes. When thousands of nodes dial at once, as after an outage, and all handshakes progress alike, none may be done before its
-// client loses patience (gRPC's is 20 s) and dials again: all work is lost, for ever. So a few are done at a time, and those whose client has left meanwhile are not
-// begun.
+// client loses patience (gRPC's is 20 s) and dials again: all work is lost, for ever. So a few are done at a time, those of the newest connections first, whose
+// clients will wait longest, and those whose client has left meanwhile are not begun.
 type handshakes struct {
 	credentials.TransportCredentials
-	slots chan struct{}
+	queue *lifo
 }
 
 const (
@@ -22,18 +24,70 @@ const (
 	handshakeSlots = 16
 	// maxHandshake is for how long one handshake may have a slot, whatever its client does.
 	maxHandshake = time.Second
+	// maxQueued is how long a connection waits for its handshake: longer than any client.
+	maxQueued = 30 * time.Second
 )
 
 func paced(c credentials.TransportCredentials) credentials.TransportCredentials {
-	return &handshakes{c, make(chan struct{}, handshakeSlots)}
+	return &handshakes{c, &lifo{free: handshakeSlots}}
 }
 
 // Clone implements credentials.TransportCredentials.
 func (h *handshakes) Clone() credentials.TransportCredentials {
-	return &handshakes{h.TransportCredentials.Clone(), h.slots}
+	return &handshakes{h.TransportCredentials.Clone(), h.queue}
 }
 
-var errLeft = errors.New("the client has left")
+// lifo is slots, and who waits for one, the oldest first. Its methods may be called concurrently.
+type lifo struct {
+	mu      sync.Mutex
+	free    int
+	waiting []chan struct{} // closed when its owner has a slot
+}
+
+// take waits for a slot, behind whoever comes later. It reports whether there was one in time.
+func (l *lifo) take(most time.Duration) bool {
+	l.mu.Lock()
+	if l.free > 0 {
+		l.free--
+		l.mu.Unlock()
+		return true
+	}
+	mine := make(chan struct{})
+	l.waiting = append(l.waiting, mine)
+	l.mu.Unlock()
+	t := time.NewTimer(most)
+	defer t.Stop()
+	select {
+	case <-mine:
+		return true
+	case <-t.C:
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := slices.Index(l.waiting, mine)
+	if i < 0 {
+		return true // just now
+	}
+	l.waiting = slices.Delete(l.waiting, i, i+1)
+	return false
+}
+
+func (l *lifo) give() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := len(l.waiting)
+	if n == 0 {
+		l.free++
+		return
+	}
+	close(l.waiting[n-1])
+	l.waiting = l.waiting[:n-1]
+}
+
+var (
+	errLeft   = errors.New("the client has left")
+	errQueued = errors.New("the handshake's turn did not come in time")
+)
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (h *handshakes) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -44,11 +98,13 @@ func (h *handshakes) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo
 		return nil, nil, errors.Join(err, c.Close())
 	}
 	first.n = n
-	h.slots <- struct{}{}
-	t := time.AfterFunc(maxHandshake, func() { <-h.slots })
+	if !h.queue.take(maxQueued) {
+		return nil, nil, errors.Join(errQueued, c.Close())
+	}
+	t := time.AfterFunc(maxHandshake, h.queue.give)
 	defer func() {
 		if t.Stop() {
-			<-h.slots
+			h.queue.give()
 		}
 	}()
 	if left(c) {
