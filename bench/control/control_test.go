@@ -28,6 +28,9 @@ func programs(t *testing.T) string {
 
 // A benchmark that does not run is none: a small one, for its figures to be there.
 func TestFewNodes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it is run without -short")
+	}
 	r, err := Run(t.Context(), Options{Binaries: programs(t), Nodes: 40, Stuck: 3, Changes: 2, Applies: 2, Log: t.Logf})
 	require.NoError(t, err)
 	t.Log("\n" + r.String())

@@ -188,6 +188,7 @@ func (c *churn) run(client, identities int, stop func() bool) (up []*member, err
 // The controller is killed at random points, also while it starts, and nodes join and leave all the time: what a node was told that it has stays its own until
 // it left, and nobody else is told that it has it.
 func TestControllerKilledDuringJoinsAndLeaves(t *testing.T) {
+	t.Parallel()
 	const steps, clients, identities = 200, 8, 5
 	eachStore(t, func(t *testing.T, env []string) {
 		kills := 8
@@ -220,10 +221,13 @@ func TestControllerKilledDuringJoinsAndLeaves(t *testing.T) {
 		}
 		for !done() {
 			time.Sleep(rand.N(700 * time.Millisecond))
+			if killed.Load() >= int64(kills) {
+				continue
+			}
 			require.NoError(t, c.v.Kill())
 			killed.Add(1)
 			require.NoError(t, c.v.Launch())
-			if rand.N(3) == 0 {
+			if rand.N(3) == 0 && killed.Load() < int64(kills) {
 				continue // again, before it serves
 			}
 			require.NoError(t, c.v.WaitLeads(c.ctx))

@@ -19,6 +19,7 @@ import (
 // The disk under the embedded etcd is full: a small tmpfs in a mount namespace of the controller's own. Nodes forward on by what they have; with room again, what
 // was given out is there, and nodes join.
 func TestControllersDiskIsFull(t *testing.T) {
+	t.Parallel()
 	if err := lab.CheckRoot(); err != nil {
 		t.Skip(err)
 	}
@@ -87,6 +88,7 @@ func fill(t *testing.T, path string) {
 // The files of the embedded etcd are put back to what they were, as from a copy of the disk: a store that says that what nodes were told never was. They do not
 // take it, and forward on.
 func TestControllersFilesArePutBack(t *testing.T) {
+	t.Parallel()
 	c := newSim(t)
 	v := newController(t, c, "a")
 	ctx := limit(t, time.Minute)
@@ -130,6 +132,7 @@ func TestControllersFilesArePutBack(t *testing.T) {
 
 // A controller that leads is cut off from etcd: another one leads, the nodes go there, and the first one gives nothing out. Then it is back.
 func TestControllerIsCutOffFromEtcd(t *testing.T) {
+	t.Parallel()
 	c, etcd := newSim(t), newEtcd(t)
 	ctx := limit(t, time.Minute)
 	wire, err := sim.NewProxy(strings.TrimPrefix(etcd.Endpoint, "http://"))
@@ -165,6 +168,7 @@ func TestControllerIsCutOffFromEtcd(t *testing.T) {
 
 // An etcd of its own dies and comes back. The controller and the nodes wait for it.
 func TestEtcdIsAway(t *testing.T) {
+	t.Parallel()
 	c, etcd := newSim(t), newEtcd(t)
 	ctx := limit(t, time.Minute)
 	v := newController(t, c, "a", "ETCD_ENDPOINTS="+etcd.Endpoint)

@@ -16,9 +16,6 @@ import (
 	"github.com/overplane/overplane/test/lab/sim"
 )
 
-// full reports whether the long forms of tests were asked for: OVERPLANE_E2E=full.
-func full() bool { return os.Getenv("OVERPLANE_E2E") == "full" }
-
 // newSim makes an authority for a controller process and simulated nodes.
 func newSim(t *testing.T) *sim.Cluster {
 	t.Helper()
