@@ -106,6 +106,7 @@ func TestNodesOfAController(t *testing.T) {
 		}
 		generations := map[string][]uint64{n1.Name(): snapshots(t, n1), n3.Name(): snapshots(t, n3)}
 		before := status(t, n2).GetProgrammed()
+		time.Sleep(1200 * time.Millisecond) // a daemon writes its table once a second at most
 		// The flows of the daemon that starts anew begin with it; all others go on from before to after.
 		underTraffic(t, l, func() {
 			require.NoError(t, l.KillController())
