@@ -81,14 +81,6 @@ func inCell(t *testing.T) {
 	}
 }
 
-// uplinkQueues is how many queues the uplink of a node with so many workers has. The NICs of test/kernels have one: the workers that have none get the uplink's packets from the one that has it.
-func uplinkQueues(l *lab.Lab, workers int) int {
-	if len(l.Wires) > 0 {
-		return 1
-	}
-	return workers
-}
-
 // row is a line of the table at the end.
 type row struct {
 	cell    cell
