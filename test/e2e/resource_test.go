@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	chunkBytes = 2048 // of an ordinary frame, at the least
+	chunkBytes = 4096 // of an ordinary frame
 	largeBytes = 64 << 10
 	tickHertz  = 100 // USER_HZ, which every architecture's /proc uses
 )
