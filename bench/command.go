@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/overplane/overplane/bench/control"
 	"github.com/overplane/overplane/bench/result"
 	"github.com/overplane/overplane/bench/rig"
 	"github.com/overplane/overplane/test/lab"
@@ -66,7 +67,7 @@ and plots (SVG). It needs root, the built programs, and ip, ethtool and nft; pee
 	for _, s := range scenarios {
 		root.AddCommand(scenarioCommand(version, s))
 	}
-	root.AddCommand(allCommand(version), quickCommand(version), compareCommand(), renderCommand(), forwardCommand())
+	root.AddCommand(allCommand(version), quickCommand(version), control.Command(), compareCommand(), renderCommand(), forwardCommand())
 	return root
 }
 
