@@ -39,13 +39,20 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	root.SetIn(in)
 	root.SetOut(out)
 	root.SetErr(errOut)
-	err := root.ExecuteContext(ctx)
-	var exit interface{ ExitCode() int }
+	return exitCode(root.ExecuteContext(ctx), errOut)
+}
+
+// exitCode is the status to exit with after an error, which is told unless it stands for a status alone. Errors of other programs, which have a status as well, are told.
+func exitCode(err error, errOut io.Writer) int {
+	var status exitStatus
+	var executed *lab.ExitError
 	switch {
 	case err == nil:
 		return 0
-	case errors.As(err, &exit):
-		return exit.ExitCode()
+	case errors.As(err, &status):
+		return int(status)
+	case errors.As(err, &executed):
+		return executed.Code
 	}
 	fmt.Fprintf(errOut, "overplane: %v\n", err)
 	return 1
@@ -55,9 +62,6 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 type exitStatus int
 
 func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
-
-// ExitCode is the status.
-func (e exitStatus) ExitCode() int { return int(e) }
 
 // statusNotReady is what `overplane status` exits with if the node is not ready.
 const statusNotReady exitStatus = 3

@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -19,6 +21,7 @@ import (
 	"github.com/overplane/overplane/control/api"
 	controlv1 "github.com/overplane/overplane/control/api/overplane/control/v1"
 	"github.com/overplane/overplane/control/client"
+	"github.com/overplane/overplane/test/lab"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -339,4 +342,16 @@ func TestEveryCommandHasHelp(t *testing.T) {
 		require.Equal(t, 0, exit)
 		require.Contains(t, out, "Usage:")
 	}
+}
+
+// The status of a program that overplane ran and that failed is not overplane's own: the error is told.
+func TestErrorsOfOtherProgramsAreTold(t *testing.T) {
+	var out strings.Builder
+	err := exec.Command("sh", "-c", "exit 78").Run()
+	require.Equal(t, 1, exitCode(fmt.Errorf("overplaned on n1 ended: %w", err), &out))
+	require.Equal(t, "overplane: overplaned on n1 ended: exit status 78\n", out.String())
+	out.Reset()
+	require.Equal(t, 3, exitCode(statusNotReady, &out))
+	require.Equal(t, 7, exitCode(&lab.ExitError{Code: 7}, &out))
+	require.Empty(t, out.String())
 }

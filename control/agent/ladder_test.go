@@ -124,3 +124,12 @@ func TestUninstallTakesTunAway(t *testing.T) {
 		return nil
 	}))
 }
+
+// A worker without a queue of its own could receive from pods and send nothing.
+func TestXDPNeedsAQueueForEachWorker(t *testing.T) {
+	require.Empty(t, neverXDP(Facts{Name: "eth0", Queues: 2}, 2))
+	require.Empty(t, neverXDP(Facts{Name: "eth0", Queues: 4}, 2))
+	require.Contains(t, neverXDP(Facts{Name: "eth0", Queues: 1}, 2), "ethtool -L eth0 combined 2")
+	require.Contains(t, neverXDP(Facts{Name: "eth0", Queues: 1}, 2), "OVERPLANE_WORKERS=1")
+	require.NotEmpty(t, neverXDP(Facts{Name: "bond0", Kind: kernel.KindBond, Queues: 8}, 1))
+}

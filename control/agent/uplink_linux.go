@@ -95,13 +95,23 @@ const (
 	needsPlain = needsTC + "; and a TAP with queues: /dev/net/tun of Linux 3.8"
 )
 
+// neverXDP says why an interface cannot be driven by AF_XDP, whatever the kernel grants; empty: it may.
+func neverXDP(f Facts, workers int) string {
+	switch {
+	case f.Kind == kernel.KindVLAN || f.Kind == kernel.KindBond:
+		return fmt.Sprintf("%s is a %s, whose frames AF_XDP can only take from the interfaces below it", f.Name, f.Kind)
+	case f.Queues > 0 && f.Queues < workers:
+		return fmt.Sprintf("%s has fewer queues (%d) than there are workers (%d), which need one each: add some with `ethtool -L %s combined %d`, or set %sWORKERS=%d",
+			f.Name, f.Queues, workers, f.Name, workers, EnvPrefix, f.Queues)
+	}
+	return ""
+}
+
 // OpenUplink climbs the ladder.
 func (l *linux) OpenUplink(f Facts, st Steering, pools []*port.Pool) (UplinkGrant, error) {
 	s := st.(*steering)
 	viaXDP := rung{names: []string{ModeXDPZeroCopy, ModeXDPCopy}, needs: needsXDP, open: func() (UplinkGrant, error) { return l.openXDP(f, s, pools) }}
-	if f.Kind == kernel.KindVLAN || f.Kind == kernel.KindBond {
-		viaXDP.never = fmt.Sprintf("%s is a %s, whose frames AF_XDP can only take from the interfaces below it", f.Name, f.Kind)
-	}
+	viaXDP.never = neverXDP(f, len(pools))
 	switch l.cfg.UplinkMode {
 	case ModeXDPZeroCopy, ModeXDPCopy:
 		viaXDP.names = []string{l.cfg.UplinkMode}

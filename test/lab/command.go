@@ -46,9 +46,6 @@ type ExitError struct{ Code int }
 
 func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Code) }
 
-// ExitCode is the status to exit with.
-func (e *ExitError) ExitCode() int { return e.Code }
-
 // optionFlags declares the flags of up and run.
 func optionFlags(c *cobra.Command, o *Options) {
 	f := c.Flags()
