@@ -148,7 +148,7 @@ func TestConfigurationReferenceIsFresh(t *testing.T) {
 		t.Skip("runs the go command")
 	}
 	out := filepath.Join(t.TempDir(), "configuration.md")
-	cmd := exec.Command("go", "run", "./gendocs", out)
+	cmd := exec.Command("go", "run", "./gendocs", EnvPrefix, out)
 	text, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", text)
 	want, err := os.ReadFile(out)
