@@ -61,10 +61,18 @@ func TestControllersDiskIsFull(t *testing.T) {
 	require.True(t, sim.HasRouteTo(n1.State(), n2.Blocks()[0], "n2"), "n1 forgot n2")
 
 	require.NoError(t, os.Remove(filler))
-	if !v.Running() {
-		require.NoError(t, v.Launch())
+	// It may still be about to end of the last write that failed.
+	for {
+		if !v.Running() {
+			require.NoError(t, v.Launch())
+		}
+		err := v.WaitLeads(ctx)
+		if err == nil {
+			break
+		}
+		require.False(t, v.Running(), "%v", err)
+		require.NoError(t, ctx.Err())
 	}
-	require.NoError(t, v.WaitLeads(ctx))
 	requireJoined(t, n1, n2, n3)
 	requireOwned(t, v, n1, n2, n3)
 	require.Equal(t, before.GetVersion().GetIncarnation(), n1.State().GetVersion().GetIncarnation(), "it is another store")
