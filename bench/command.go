@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -128,7 +127,7 @@ func (f *flags) run(c *cobra.Command, command string, list []*Scenario) (err err
 	if err != nil {
 		return err
 	}
-	ctx, stop := interruptible(c)
+	ctx, stop := lab.Interruptible(c)
 	defer stop()
 	err = r.measure(ctx, list)
 	if errors.Is(err, context.Canceled) {
@@ -243,14 +242,4 @@ func (r *Runner) note(format string, args ...any) {
 	n := fmt.Sprintf(format, args...)
 	r.Log("note: %s", n)
 	r.Result.Notes = append(r.Result.Notes, n)
-}
-
-// interruptible is a context that ends at Ctrl-C, SIGTERM or SIGHUP. That nobody reads the output any more does not end the process: what was made must be taken down.
-func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
-	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // not Ignore: children would inherit that
-	ctx := c.Context()
-	if ctx == nil {
-		ctx = context.Background()
-	}
-	return signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/overplane/overplane/bench/load"
 	"github.com/overplane/overplane/bench/result"
 	"github.com/overplane/overplane/bench/rig"
 )
@@ -41,7 +42,7 @@ func runIdle(ctx context.Context, r *Runner) error {
 		err := r.with(ctx, "idle", r.kinds(c.kind), spec, func(systems []*rig.System) error {
 			name := fmt.Sprintf("pods=%d", c.pods)
 			// What the daemon does after pods came is not idling.
-			if err := pause(ctx, 2*time.Second); err != nil {
+			if err := load.Wait(ctx, 2*time.Second); err != nil {
 				return err
 			}
 			return r.rounds(ctx, "idle "+name, systems, func(ctx context.Context, round int, s *rig.System) error {
@@ -50,7 +51,7 @@ func runIdle(ctx context.Context, r *Runner) error {
 					return err
 				}
 				begin := time.Now()
-				if err := pause(ctx, idleSpan*r.Span); err != nil {
+				if err := load.Wait(ctx, idleSpan*r.Span); err != nil {
 					return err
 				}
 				last, err := ranFor(s.Pids)
@@ -69,17 +70,6 @@ func runIdle(ctx context.Context, r *Runner) error {
 		}
 	}
 	return nil
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }
 
 // ranFor is how long the processes' threads that live have run.

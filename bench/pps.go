@@ -280,27 +280,43 @@ func (r *Runner) noLoss(ctx context.Context, name string, c ppsCase, systems []*
 // xsk measures a flood again that another generator makes: an AF_XDP socket in the sending pod.
 func (r *Runner) xsk(ctx context.Context, name string, systems []*rig.System) error {
 	return r.rounds(ctx, "pps "+name+", flood", systems, func(ctx context.Context, round int, s *rig.System) error {
-		sink, err := load.NewSink(s.To)
+		a, err := arrivals(ctx, s, func() (uint64, time.Duration, error) {
+			return load.XSK(ctx, s.From, s.To, load.MinFrame, rig.LoadCore(), r.Span)
+		})
 		if err != nil {
 			return err
 		}
-		defer sink.Close()
-		before, err := openBooks(ctx, s)
-		if err != nil {
-			return err
-		}
-		sent, took, err := load.XSK(ctx, s.From, s.To, load.MinFrame, rig.LoadCore(), r.Span)
-		if err != nil {
-			return err
-		}
-		got, err := sink.Settle()
-		if err != nil {
-			return err
-		}
-		if got.Packets == 0 {
-			return fmt.Errorf("nothing arrived of %d frames", sent)
-		}
-		r.Result.Add(result.Key{Scenario: "pps", Case: name, System: s.Name, Metric: "flooded"}, "Mpps", false, round, float64(got.Packets)/took.Seconds()/1e6)
-		return r.reconcile(ctx, "pps", name, s, sent, got.Packets, before)
+		r.Result.Add(result.Key{Scenario: "pps", Case: name, System: s.Name, Metric: "flooded"}, "Mpps", false, round, float64(a.received)/a.took.Seconds()/1e6)
+		return r.reconcile(ctx, "pps", name, s, a.sent, a.received, a.before)
 	})
+}
+
+// arrived is what came of what a generator sent.
+type arrived struct {
+	sent, received uint64
+	took           time.Duration
+	before         books
+}
+
+// arrivals runs a generator that sends to a system's far end, and counts there.
+func arrivals(ctx context.Context, s *rig.System, send func() (sent uint64, took time.Duration, err error)) (a arrived, err error) {
+	sink, err := load.NewSink(s.To)
+	if err != nil {
+		return a, err
+	}
+	defer sink.Close()
+	if a.before, err = openBooks(ctx, s); err != nil {
+		return a, err
+	}
+	if a.sent, a.took, err = send(); err != nil {
+		return a, err
+	}
+	got, err := sink.Settle()
+	if err != nil {
+		return a, err
+	}
+	if a.received = got.Packets; a.received == 0 {
+		return a, fmt.Errorf("nothing arrived of %d packets", a.sent)
+	}
+	return a, nil
 }

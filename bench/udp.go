@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/overplane/overplane/bench/load"
 	"github.com/overplane/overplane/bench/result"
@@ -61,34 +62,20 @@ func runUDP(ctx context.Context, r *Runner) error {
 
 func (r *Runner) udp(ctx context.Context, name string, size int, gso bool, systems []*rig.System) error {
 	return r.rounds(ctx, "udp "+name, systems, func(ctx context.Context, round int, s *rig.System) error {
-		sink, err := load.NewSink(s.To)
+		a, err := arrivals(ctx, s, func() (uint64, time.Duration, error) {
+			return load.UDP(ctx, s.From, s.To, size, unpinned, gso, r.Span)
+		})
 		if err != nil {
 			return err
 		}
-		defer sink.Close()
-		before, err := openBooks(ctx, s)
-		if err != nil {
-			return err
-		}
-		sent, took, err := load.UDP(ctx, s.From, s.To, size, unpinned, gso, r.Span)
-		if err != nil {
-			return err
-		}
-		got, err := sink.Settle()
-		if err != nil {
-			return err
-		}
-		if got.Packets == 0 {
-			return fmt.Errorf("nothing arrived of %d datagrams", sent)
-		}
-		for metric, n := range map[string]uint64{"received": got.Packets, "sent": sent} {
-			r.Result.Add(result.Key{Scenario: "udp", Case: name, System: s.Name, Metric: metric}, "Mpps", false, round, float64(n)/took.Seconds()/1e6)
+		for metric, n := range map[string]uint64{"received": a.received, "sent": a.sent} {
+			r.Result.Add(result.Key{Scenario: "udp", Case: name, System: s.Name, Metric: metric}, "Mpps", false, round, float64(n)/a.took.Seconds()/1e6)
 		}
 		// A sending TAP counts frames, and a GSO frame is many datagrams: its queue's share cannot be told.
-		before.taken = 0
+		a.before.taken = 0
 		tap := s.TAP
 		s.TAP = false
 		defer func() { s.TAP = tap }()
-		return r.reconcile(ctx, "udp", name, s, sent, got.Packets, before)
+		return r.reconcile(ctx, "udp", name, s, a.sent, a.received, a.before)
 	})
 }

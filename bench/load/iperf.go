@@ -48,7 +48,7 @@ func Iperf(ctx context.Context, from, to Endpoint, span time.Duration) (float64,
 		if err = client.Wait(); err == nil || ctx.Err() != nil || time.Since(begin) > span+10*time.Second {
 			break
 		}
-		if werr := wait(ctx, 50*time.Millisecond); werr != nil {
+		if werr := Wait(ctx, 50*time.Millisecond); werr != nil {
 			return 0, werr
 		}
 	}

@@ -95,11 +95,11 @@ func Streams(ctx context.Context, from, to Endpoint, n int, span time.Duration) 
 		all.Go(func() { write(c) })
 		all.Go(func() { read(s, &received) })
 	}
-	if err := wait(ctx, rampUp); err != nil {
+	if err := Wait(ctx, rampUp); err != nil {
 		return 0, err
 	}
 	first, begin := received.Load(), time.Now()
-	if err := wait(ctx, span); err != nil {
+	if err := Wait(ctx, span); err != nil {
 		return 0, err
 	}
 	total, took := received.Load()-first, time.Since(begin)
@@ -129,8 +129,8 @@ func read(c net.Conn, received *atomic.Uint64) {
 	}
 }
 
-// wait is a sleep that a context ends.
-func wait(ctx context.Context, d time.Duration) error {
+// Wait is a sleep that a context ends, with its error.
+func Wait(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {

@@ -90,14 +90,7 @@ func ipv4(f []byte, src, dst uint32, sport, dport uint16) {
 	binary.BigEndian.PutUint16(h[2:], 50)
 	binary.BigEndian.PutUint32(h[12:], src)
 	binary.BigEndian.PutUint32(h[16:], dst)
-	sum := uint32(0)
-	for i := 0; i < 20; i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(h[i:]))
-	}
-	for sum > 0xffff {
-		sum = sum&0xffff + sum>>16
-	}
-	binary.BigEndian.PutUint16(h[10:], ^uint16(sum))
+	binary.BigEndian.PutUint16(h[10:], packet.Checksum(h, 0))
 	binary.BigEndian.PutUint16(f[34:], sport)
 	binary.BigEndian.PutUint16(f[36:], dport)
 	binary.BigEndian.PutUint16(f[38:], 30)

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,10 +64,6 @@ type Agent struct {
 	programmed *desired // all workers forward by it
 	built      Built    // last published
 	generation uint64
-	tidied     struct {
-		generation uint64
-		ticks      int // until memory is tidied; 0: it is
-	}
 
 	pods    map[string]*pod
 	slots   slotTable
@@ -162,26 +157,9 @@ func (a *Agent) loop(ctx context.Context) {
 			a.followFlows(ctx)
 			a.watchSaturation(ctx, time.Now())
 			a.buryDead()
-			a.tidyMemory()
 		}
 	}
 }
-
-// tidyMemory gives the kernel back what a burst of changes has left to the garbage collector, once it is over: each change was a new table, and without changes
-// no collection might come for long.
-func (a *Agent) tidyMemory() {
-	switch {
-	case a.generation != a.tidied.generation:
-		a.tidied.generation, a.tidied.ticks = a.generation, tidyAfter
-	case a.tidied.ticks > 0:
-		if a.tidied.ticks--; a.tidied.ticks == 0 {
-			debug.FreeOSMemory()
-		}
-	}
-}
-
-// tidyAfter is for how many ticks there must be no change for a burst to be over.
-const tidyAfter = 3
 
 // mtus are the largest IP packets, bytes, of the uplink and of pods and host port.
 func (a *Agent) mtus() (uplink, pods int) {

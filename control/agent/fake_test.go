@@ -40,10 +40,11 @@ func (p *fakePort) Close() error {
 
 // fakePlatform is a machine in memory. It survives the daemon, as kernels do.
 type fakePlatform struct {
-	mu       sync.Mutex
-	facts    Facts
-	watchers map[chan Facts]bool
-	gone     func(string)
+	socketsErr, connectionsErr error // of listing the node's sockets
+	mu                         sync.Mutex
+	facts                      Facts
+	watchers                   map[chan Facts]bool
+	gone                       func(string)
 
 	open      int // ports
 	devices   map[string]PodDevice
@@ -127,10 +128,15 @@ func (f *fakePlatform) Pools(n int) ([]*port.Pool, func(), error) {
 }
 
 func (f *fakePlatform) HostPorts() (tcp, udp []uint16, err error) {
-	return []uint16{22, 10250}, []uint16{53}, nil
+	return []uint16{22, 10250}, []uint16{53}, f.socketsErr
 }
 
-func (f *fakePlatform) HostConnections() ([]uint16, error) { return []uint16{22, 10251}, nil }
+func (f *fakePlatform) HostConnections() ([]uint16, error) {
+	if f.connectionsErr != nil {
+		return nil, f.connectionsErr
+	}
+	return []uint16{22, 10251}, nil
+}
 
 func (f *fakePlatform) ReservePorts(first, last uint16) error { return nil }
 

@@ -88,8 +88,8 @@ type translation struct {
 	hostTCP, hostUDP []uint16 // ports of the range that the node's own sockets hold
 	connections      []uint16 // ports of the node's TCP sockets that do not listen, as of the last look for them
 	looks            int
-	hostProblem      string
-	reserveProblem   string
+	toldPorts        bool // that the sockets cannot be listed
+	toldReserve      bool // that the range cannot be reserved
 }
 
 // makeTranslation makes a translator for each worker, with the sessions that an earlier daemon of this boot left in the folder of the local API's socket. To be called when the
@@ -195,29 +195,26 @@ const connectionsEvery = 10
 
 // watchHostPorts finds out which ports of the range the node's own sockets hold, and reserves the range. It reports whether they changed.
 func (a *Agent) watchHostPorts(t *translation) bool {
+	err := a.plat.ReservePorts(t.settings.first, t.settings.last)
+	if err != nil && !t.toldReserve {
+		a.log.Warn("the kernel may give translated ports to the node's own sockets, which are then the sockets'", "error", err)
+	}
+	t.toldReserve = err != nil
 	tcp, udp, err := a.plat.HostPorts()
-	if t.looks%connectionsEvery == 0 && err == nil {
-		t.connections, err = a.plat.HostConnections()
-	}
-	t.looks++
-	tcp = append(tcp, t.connections...)
-	problem := ""
-	if err != nil {
-		problem = fmt.Sprintf("the ports that the node's own sockets hold cannot be read: %v", err)
-		if t.hostProblem == "" {
-			a.log.Error("ports of the node's own sockets", "error", err)
+	if err == nil && t.looks%connectionsEvery == 0 {
+		var connections []uint16
+		if connections, err = a.plat.HostConnections(); err == nil {
+			t.connections = connections
 		}
 	}
-	t.hostProblem = problem
-	if err := a.plat.ReservePorts(t.settings.first, t.settings.last); err != nil {
-		if t.reserveProblem == "" {
-			a.log.Warn("the kernel may give translated ports to the node's own sockets, which are then the sockets'", "error", err)
-		}
-		t.reserveProblem = err.Error()
+	if err != nil && !t.toldPorts {
+		a.log.Error("the ports of the node's own sockets cannot be listed; those known stay theirs", "error", err)
 	}
-	if err != nil {
+	if t.toldPorts = err != nil; err != nil {
 		return false
 	}
+	t.looks++ // a look that failed is made again
+	tcp = append(tcp, t.connections...)
 	inRange := func(ports []uint16) []uint16 {
 		ports = slices.DeleteFunc(ports, func(p uint16) bool { return p < t.settings.first || p > t.settings.last })
 		slices.Sort(ports)

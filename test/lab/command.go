@@ -62,9 +62,9 @@ func optionFlags(c *cobra.Command, o *Options) {
 	f.StringArrayVar(&o.Env, "env", nil, "a further setting of every daemon, OVERPLANE_X=value (repeatable)")
 }
 
-// interruptible is a context that ends at Ctrl-C or SIGTERM. From here on the process also survives that nobody reads its output any more
+// Interruptible is a context that ends at Ctrl-C, SIGTERM or SIGHUP. From here on the process also survives that nobody reads its output any more
 // (`overplane lab run | head`): what was made must be taken down.
-func interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
+func Interruptible(c *cobra.Command) (context.Context, context.CancelFunc) {
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // not Ignore: children would inherit that
 	ctx := c.Context()
 	if ctx == nil {
@@ -89,7 +89,7 @@ func upCommand(name *string) *cobra.Command {
 	c := &cobra.Command{
 		Use: "up", Short: "Make a lab; return when every node has programmed every route", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			ctx, stop := interruptible(c)
+			ctx, stop := Interruptible(c)
 			defer stop()
 			o.Name, o.Log = *name, progress(c.ErrOrStderr())
 			l, err := Up(ctx, o)
@@ -116,7 +116,7 @@ func statusCommand(name *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ctx, stop := interruptible(c)
+			ctx, stop := Interruptible(c)
 			defer stop()
 			return l.print(ctx, c.OutOrStdout(), asJSON)
 		},
@@ -260,7 +260,7 @@ func labCommand(name *string, use, short string, args cobra.PositionalArgs, do f
 				return err
 			}
 			l.Log = progress(c.ErrOrStderr())
-			ctx, stop := interruptible(c)
+			ctx, stop := Interruptible(c)
 			defer stop()
 			return do(ctx, l, args)
 		},

@@ -156,18 +156,5 @@ func proveNodesOutside(ctx context.Context, l *Lab, family int) (string, error) 
 	}
 	large := make([]byte, 5000)
 	_, _ = rand.Read(large)
-	return forPairs(ctx, pairs, func(ctx context.Context, p podPair) (int, error) {
-		lost, err := Ping(ctx, p.from.Netns, p.to.Addr(family))
-		if err != nil {
-			return lost, fmt.Errorf("ping: %w", err)
-		}
-		if err := EchoTCP(ctx, p.from, p.to, family); err != nil {
-			return lost, fmt.Errorf("TCP: %w", err)
-		}
-		n, err := EchoUDP(ctx, p.from, p.to, family, large)
-		if err != nil {
-			err = fmt.Errorf("UDP in fragments: %w", err)
-		}
-		return lost + n, err
-	})
+	return proveEchoes(ctx, pairs, family, large)
 }

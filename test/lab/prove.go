@@ -148,21 +148,26 @@ func proveNodes(local bool) func(context.Context, *Lab, int) (string, error) {
 				}
 			}
 		}
-		return forPairs(ctx, pairs, func(ctx context.Context, p podPair) (int, error) {
-			lost, err := Ping(ctx, p.from.Netns, p.to.Addr(family))
-			if err != nil {
-				return lost, fmt.Errorf("ping: %w", err)
-			}
-			if err := EchoTCP(ctx, p.from, p.to, family); err != nil {
-				return lost, fmt.Errorf("TCP: %w", err)
-			}
-			n, err := EchoUDP(ctx, p.from, p.to, family, nil)
-			if err != nil {
-				err = fmt.Errorf("UDP: %w", err)
-			}
-			return lost + n, err
-		})
+		return proveEchoes(ctx, pairs, family, nil)
 	}
+}
+
+// proveEchoes checks ping, TCP and UDP between pairs. datagram is what is sent by UDP; nil: a few bytes.
+func proveEchoes(ctx context.Context, pairs []podPair, family int, datagram []byte) (string, error) {
+	return forPairs(ctx, pairs, func(ctx context.Context, p podPair) (int, error) {
+		lost, err := Ping(ctx, p.from.Netns, p.to.Addr(family))
+		if err != nil {
+			return lost, fmt.Errorf("ping: %w", err)
+		}
+		if err := EchoTCP(ctx, p.from, p.to, family); err != nil {
+			return lost, fmt.Errorf("TCP: %w", err)
+		}
+		n, err := EchoUDP(ctx, p.from, p.to, family, datagram)
+		if err != nil {
+			err = fmt.Errorf("UDP, %d bytes: %w", len(datagram), err)
+		}
+		return lost + n, err
+	})
 }
 
 func proveTransfer(ctx context.Context, l *Lab, family int) (string, error) {

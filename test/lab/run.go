@@ -25,7 +25,7 @@ func runCommand(name *string) *cobra.Command {
 	c := &cobra.Command{
 		Use: "run", Short: "Make a lab, prove that it works, take it down; the exit status is the truth", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			ctx, stop := interruptible(c)
+			ctx, stop := Interruptible(c)
 			defer stop()
 			o.Name, o.Log = *name, progress(c.ErrOrStderr())
 			return Run(ctx, o, keep, c.OutOrStdout())

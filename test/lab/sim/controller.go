@@ -243,15 +243,6 @@ func (v *Controller) Blocks(ctx context.Context) (out []*controlv1.Block, err er
 	return out, err
 }
 
-// Convergence is what was issued and what nodes made of it.
-func (v *Controller) Convergence(ctx context.Context) (out *controlv1.GetConvergenceResponse, err error) {
-	err = v.Call(func(a controlv1.AdminServiceClient) error {
-		out, err = a.GetConvergence(ctx, &controlv1.GetConvergenceRequest{})
-		return err
-	})
-	return out, err
-}
-
 // DialNode opens a node's stream without a client behind it; the caller closes the connection.
 func (c *Cluster) DialNode(ctx context.Context, name, address string) (controlv1.ControlService_SyncClient, *grpc.ClientConn, error) {
 	f, err := c.Issue(pki.Request{Role: pki.Node, Name: name})

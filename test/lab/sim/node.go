@@ -43,17 +43,6 @@ func (l *Ledger) take(node string, blocks []string) {
 	}
 }
 
-// Holders are the blocks and who has them.
-func (l *Ledger) Holders() map[string]string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	out := make(map[string]string, len(l.holders))
-	for b, n := range l.holders {
-		out[b] = n
-	}
-	return out
-}
-
 // Note adds to what is wrong.
 func (l *Ledger) Note(format string, args ...any) {
 	l.mu.Lock()
@@ -176,13 +165,6 @@ func (n *Node) State() *controlv1.NodeState {
 
 // Blocks are the node's own, sorted.
 func (n *Node) Blocks() []string { return blocksOf(n.State()) }
-
-// SetApply replaces the data plane's answer.
-func (n *Node) SetApply(f func(*controlv1.NodeState) error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.apply = f
-}
 
 // Wait returns when what the node forwards by is as asked for.
 func (n *Node) Wait(ctx context.Context, ok func(*controlv1.NodeState) bool) error {
