@@ -118,6 +118,7 @@ func TestNATDiscovery(t *testing.T) {
 
 // Errors that routers outside send reach the pod: each hop is seen once, and a smaller MTU behind the node is found.
 func TestTracesToOutside(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Name: "ovptbox", Nodes: 1, Pods: 2})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0], l.ExtEnd()
 	router := map[int]string{4: "10.240.0.1", 6: "fd00:240::1"}

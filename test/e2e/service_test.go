@@ -201,6 +201,7 @@ func withServices(t *testing.T, l *lab.Lab) {
 
 // A kube-proxy in the node's kernel translates for services; replies find back through it. Everything by TCP and by UDP, in one packet, in fragments and in bulk.
 func TestServicesOfTheKernel(t *testing.T) {
+	t.Parallel()
 	for _, o := range []lab.Options{{Uplink: "xdp-copy"}, {Uplink: "xdp-copy", Workers: 2}, {Uplink: "tun"}, {Uplink: "tun", Workers: 2}} {
 		t.Run(fmt.Sprintf("%s/workers=%d", o.Uplink, max(1, o.Workers)), func(t *testing.T) {
 			o.Nodes, o.Pods, o.IPForward = 2, 2, 1

@@ -48,6 +48,7 @@ func otherMessage(proto, from, to int, number byte) []byte {
 
 // SCTP, ESP and GRE find back to pods: steered by their far end, also by the next daemon.
 func TestProtocolsWithoutTranslatedPorts(t *testing.T) {
+	t.Parallel()
 	for _, o := range []lab.Options{{Uplink: "xdp-copy"}, {Uplink: "xdp-copy", Workers: 2}, {Uplink: "tun"}} {
 		t.Run(fmt.Sprintf("%s/workers=%d", o.Uplink, max(1, o.Workers)), func(t *testing.T) {
 			o.Nodes, o.Pods = 1, 2
@@ -107,6 +108,7 @@ func TestProtocolsWithoutTranslatedPorts(t *testing.T) {
 
 // An IPv6 reply with options before its UDP header is a reply.
 func TestRepliesWithExtensionHeaders(t *testing.T) {
+	t.Parallel()
 	for _, uplink := range []string{"xdp-copy", "tun"} {
 		t.Run(uplink, func(t *testing.T) {
 			l := newLab(t, lab.Options{Nodes: 1, Pods: 1, Uplink: uplink})
@@ -161,6 +163,7 @@ func awaitSNAT(t *testing.T, n *lab.Node, ok func(*controlv1.GetSnatResponse) bo
 
 // Whom an ip-masq-agent file names sees pods' own addresses and can answer; so does everybody with external SNAT. Where nothing says so, nobody outside reaches a pod.
 func TestUntranslatedDestinations(t *testing.T) {
+	t.Parallel()
 	for _, uplink := range []string{"xdp-copy", "tun"} {
 		t.Run(uplink, func(t *testing.T) {
 			l := newLab(t, lab.Options{Nodes: 1, Pods: 1, Uplink: uplink})
@@ -228,6 +231,7 @@ func TestUntranslatedDestinations(t *testing.T) {
 
 // When the node's address changes, its sessions end, which is said, and new ones have the new address.
 func TestNodeAddressChangeEndsSessions(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0].End(), l.ExtEnd()
 	for _, family := range families {
