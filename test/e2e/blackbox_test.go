@@ -63,7 +63,7 @@ func TestNATDiscovery(t *testing.T) {
 	)
 	tool(t, "turnserver")
 	tool(t, "turnutils_natdiscovery")
-	l := newLab(t, lab.Options{Name: "ovptbox", Nodes: 1, Pods: 1})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	turnServer(t, l)
 	n1 := l.Nodes[0]
 	cases := []struct {
@@ -119,7 +119,7 @@ func TestNATDiscovery(t *testing.T) {
 // Errors that routers outside send reach the pod: each hop is seen once, and a smaller MTU behind the node is found.
 func TestTracesToOutside(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, lab.Options{Name: "ovptbox", Nodes: 1, Pods: 2})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 2})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0], l.ExtEnd()
 	router := map[int]string{4: "10.240.0.1", 6: "fd00:240::1"}
 	for _, netns := range []string{l.Ext(), l.Gateway()} { // they answer each time they are asked
@@ -162,7 +162,7 @@ func TestTracesToOutside(t *testing.T) {
 func TestScansFromOutside(t *testing.T) {
 	tool(t, "nping")
 	tool(t, "hping3")
-	l := newLab(t, lab.Options{Name: "ovptbox", Nodes: 1, Pods: 1})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0], l.ExtEnd()
 	router := device(t, l.Gateway(), "ext").HardwareAddr.String()
 	own := device(t, l.Ext(), "eth0").HardwareAddr.String()

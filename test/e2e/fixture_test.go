@@ -14,6 +14,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -79,6 +80,9 @@ func labName(t *testing.T) string {
 	return fmt.Sprintf("ovpt%04x", uint16(h.Sum32()^h.Sum32()>>16))
 }
 
+// labsUp is the name of the test that each lab of this process belongs to, by the lab's name.
+var labsUp sync.Map
+
 // newLab makes a lab, which is one of state files unless o says that it has a controller, and takes it down at the end of the test; nothing may be left of it then. When the test failed, the daemons' logs
 // are part of its output.
 func newLab(t *testing.T, o lab.Options) *lab.Lab {
@@ -98,8 +102,12 @@ func newLab(t *testing.T, o lab.Options) *lab.Lab {
 	if len(o.Wires) > 0 && o.Workers > 1 {
 		t.Skip("the machine's NICs have one queue each, which is enough for one worker")
 	}
+	if other, taken := labsUp.LoadOrStore(o.Name, t.Name()); taken { // taking it down first would take it from under a test that runs beside this one
+		t.Fatalf("lab %s is %v's: leave Options.Name empty", o.Name, other)
+	}
 	require.NoError(t, lab.Down(o.Name), "removing what an earlier run left")
 	t.Cleanup(func() {
+		defer labsUp.Delete(o.Name)
 		require.NoError(t, lab.Down(o.Name))
 		left, err := lab.Leftovers(o.Name)
 		require.NoError(t, err)

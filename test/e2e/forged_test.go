@@ -58,7 +58,7 @@ type forged struct {
 // Packets that lie end where they should, each for its reason, and harm nobody's sessions.
 func TestForgedPackets(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, lab.Options{Name: "ovptforg", Nodes: 1, Pods: 2})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 2})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0], l.ExtEnd()
 	out, in := extWire(t, l), podWire(t, pod)
 	eachFamily(t, func(t *testing.T, family int) {
@@ -200,7 +200,7 @@ func TestForgedPackets(t *testing.T) {
 // Fragments that contradict each other, or whose first never comes, are dropped by name, and whole datagrams still pass.
 func TestForgedFragments(t *testing.T) {
 	t.Parallel()
-	l := newLab(t, lab.Options{Name: "ovptforg", Nodes: 1, Pods: 1})
+	l := newLab(t, lab.Options{Nodes: 1, Pods: 1})
 	n1, pod, ext := l.Nodes[0], l.Nodes[0].Pods[0], l.ExtEnd()
 	out, in := extWire(t, l), podWire(t, pod)
 	eachFamily(t, func(t *testing.T, family int) {
