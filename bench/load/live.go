@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/overplane/overplane/bench/load/bpf"
@@ -75,6 +76,11 @@ func (l *Live) Run(ctx context.Context, rate float64, span time.Duration) (sent 
 		if err != nil {
 			return err
 		}
+		release, err := l.keepDispatched()
+		if err != nil {
+			return err
+		}
+		defer release()
 		_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0)
 		xdp := [6]uint32{1: uint32(len(l.frame)), 3: uint32(index)} // struct xdp_md: data_end, ingress_ifindex
 		begin := time.Now()
@@ -110,6 +116,21 @@ func (l *Live) Run(ctx context.Context, rate float64, span time.Duration) (sent 
 		return ctx.Err()
 	})
 	return sent, took, err
+}
+
+// keepDispatched attaches the program to the loopback device of the thread's network namespace, which nobody uses. The kernel patches a running program into
+// its XDP dispatcher (kernel/bpf/dispatcher.c) and out again, and waits for all cores each time: milliseconds for every call, in which nothing is sent. A program that is attached
+// somewhere stays in.
+func (l *Live) keepDispatched() (release func(), err error) {
+	lo, err := interfaceIndex("lo")
+	if err != nil {
+		return nil, err
+	}
+	attached, err := link.AttachXDP(link.XDPOptions{Program: l.prog, Interface: lo, Flags: link.XDPGenericMode})
+	if err != nil {
+		return nil, fmt.Errorf("attaching the generator to lo: %w", err)
+	}
+	return func() { _ = attached.Close() }, nil
 }
 
 // sleep is nanosleep(2): the runtime's timers are too coarse for bursts a few hundred microseconds apart.
