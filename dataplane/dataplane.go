@@ -19,12 +19,13 @@ import (
 
 // How an idle worker behaves.
 const (
-	// idlePolls empty polls in a row put a worker to sleep: about the time a burst's next packet takes, not more, since the core may be needed by a pod.
-	idlePolls = 64
-	// idleAsking is the same for a worker without a polled queue: each of its empty polls is a system call, which may as well be the one that sleeps.
-	idleAsking = 8
+	// patience is how long after its last packet a worker watches the queues that it sees into without a system call, before it sleeps: about what
+	// falling asleep and being woken cost. Not more, since the core may be needed by a pod.
+	patience = 10 * time.Microsecond
 	// sleep is the longest a worker stays in epoll, so that its heartbeat goes on. The steering program's limit is a multiple of it.
 	sleep = 250 * time.Millisecond
+	// sleepOwing is the same while a device has frames that it has not sent, or not given back: that it has room again wakes nobody.
+	sleepOwing = 10 * time.Millisecond
 )
 
 // WorkerConfig is what one worker is given.
@@ -225,6 +226,24 @@ func (d *Dataplane) wake() {
 	}
 }
 
+// watch polls the queues that cost no system call until one of them gives something, and reports whether one did before patience ended. Epoll's queues
+// are asked by the sleep that follows.
+func (w *Worker) watch() bool {
+	if len(w.polled) == 0 {
+		return false
+	}
+	for until := w.now + int64(patience); w.now < until; {
+		w.now = w.clock.now()
+		if w.servePolled() > 0 {
+			w.polls++
+			w.busyPolls++
+			return true
+		}
+		w.kick()
+	}
+	return false
+}
+
 // run polls until told to stop; idle, it sleeps in epoll.
 func (w *Worker) run(stop *atomic.Bool) {
 	runtime.LockOSThread()
@@ -236,24 +255,19 @@ func (w *Worker) run(stop *atomic.Bool) {
 			w.cpu = -1
 		}
 	}
-	idle := 0
 	for !stop.Load() {
-		if w.Poll() > 0 {
-			idle = 0
+		if w.Poll() > 0 || w.watch() {
 			continue
 		}
-		patience := idlePolls
-		if len(w.polled) == 0 {
-			patience = idleAsking
-		}
-		if idle++; idle >= patience {
-			w.parks++
-			w.parked.Store(true)
-			if !w.expecting() { // who hands something over from here on sees that it must wake this worker
-				w.wait.ready(int(sleep / time.Millisecond)) // whatever it names is still there for the next poll
+		w.parks++
+		w.parked.Store(true)
+		if !w.expecting() { // who hands something over from here on sees that it must wake this worker
+			limit := sleep
+			if len(w.kicks) > 0 {
+				limit = sleepOwing
 			}
-			w.parked.Store(false)
-			idle = patience / 2
+			w.wait.sleep(limit)
 		}
+		w.parked.Store(false)
 	}
 }

@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,6 +14,7 @@ type waiter struct {
 	blocking    int      // queues that are not polled: if there are none, ready(0) needs no system call
 	events      [64]unix.EpollEvent
 	named       []int32
+	fresh       bool // named is what ended a sleep, and no queue has left since
 }
 
 const wakeIndex = -1
@@ -79,18 +81,36 @@ func (p *waiter) remove(sl *slot) {
 			p.blocking--
 		}
 		p.sources[i] = source{}
+		p.fresh = false // named may have it
 	}
 }
 
-// ready waits up to timeout milliseconds and returns the indices in sources of queues to receive from, valid until the next call.
-func (p *waiter) ready(timeout int) []int32 {
-	p.named = p.named[:0]
-	if timeout == 0 && p.blocking == 0 {
+// ready returns the indices in sources of queues to receive from, valid until the next call: those that ended a sleep just now, or those that
+// have something at present.
+func (p *waiter) ready() []int32 {
+	if p.fresh {
+		p.fresh = false
+		return p.named
+	}
+	if p.blocking == 0 {
 		return nil
 	}
+	p.ask(0)
+	return p.named
+}
+
+// sleep waits until a queue has something, or interrupt is called, but not longer than limit.
+func (p *waiter) sleep(limit time.Duration) {
+	p.ask(int(limit / time.Millisecond))
+	p.fresh = true
+}
+
+// ask fills in named.
+func (p *waiter) ask(timeout int) {
+	p.named = p.named[:0]
 	n, err := unix.EpollWait(p.epoll, p.events[:], timeout)
 	if err != nil { // EINTR: a signal for the runtime
-		return nil
+		return
 	}
 	for _, e := range p.events[:n] {
 		if e.Fd == wakeIndex {
@@ -102,7 +122,6 @@ func (p *waiter) ready(timeout int) []int32 {
 			p.named = append(p.named, e.Fd)
 		}
 	}
-	return p.named
 }
 
 // interrupt ends a sleep, the current or the next. Any goroutine may call it.

@@ -166,24 +166,27 @@ func (w *Worker) Poll() int {
 	if w.translator != nil {
 		w.expireSessions()
 	}
-	total := 0
-	for i := range w.polled {
-		total += w.serve(&w.polled[i])
-	}
-	for _, i := range w.wait.ready(0) {
+	total := w.servePolled()
+	for _, i := range w.wait.ready() {
 		total += w.serve(&w.wait.sources[i])
 	}
 	if w.inbox != nil {
 		total += w.takeOver()
 	}
-	if len(w.kicks) > 0 {
-		w.kick()
-	}
+	w.kick()
 	w.polls++
 	if total > 0 {
 		w.busyPolls++
 	}
 	w.finish()
+	return total
+}
+
+// servePolled serves the queues that are asked on every poll.
+func (w *Worker) servePolled() (total int) {
+	for i := range w.polled {
+		total += w.serve(&w.polled[i])
+	}
 	return total
 }
 
