@@ -57,7 +57,7 @@ func (r *Runner) newSessions(ctx context.Context, systems []*rig.System) error {
 
 // turn sends frames of a shape and counts what arrives.
 func (r *Runner) turn(ctx context.Context, s *rig.System, shape load.Shape, rate float64, span time.Duration) (uint64, time.Duration, error) {
-	sink, err := load.NewSink(s.To)
+	sink, err := load.NewSink(s.Sink())
 	if err != nil {
 		return 0, 0, err
 	}

@@ -132,7 +132,7 @@ func (r *Runner) shoot(ctx context.Context, name string, c ppsCase, s *rig.Syste
 // shootAs sends frames through a system and balances the books.
 func (r *Runner) shootAs(ctx context.Context, scenario, name string, c ppsCase, s *rig.System, rate float64, span time.Duration) (shot, error) {
 	var m shot
-	sink, err := load.NewSink(s.To)
+	sink, err := load.NewSink(s.Sink())
 	if err != nil {
 		return m, err
 	}
@@ -300,7 +300,7 @@ type arrived struct {
 
 // arrivals runs a generator that sends to a system's far end, and counts there.
 func arrivals(ctx context.Context, s *rig.System, send func() (sent uint64, took time.Duration, err error)) (a arrived, err error) {
-	sink, err := load.NewSink(s.To)
+	sink, err := load.NewSink(s.Sink())
 	if err != nil {
 		return a, err
 	}

@@ -57,6 +57,9 @@ type Spec struct {
 type System struct {
 	Name     string
 	From, To load.Endpoint
+	// Exit is where frames to outside leave the node, if that is not nil: the underlay's end of its uplink. Counting and dropping them there leaves the switch and the router beyond
+	// out, which are no part of any system and whose work would be done on the core that transmits.
+	Exit *load.Endpoint
 	// Placement says which cores do what, in words.
 	Placement string
 	// Drops counts by name what the system, and the devices and queues along the way, dropped since they were made.
@@ -75,6 +78,14 @@ type System struct {
 
 	pause, resume func() error
 	close         []func() error
+}
+
+// Sink is where a generator's frames are counted.
+func (s *System) Sink() load.Endpoint {
+	if s.Exit != nil {
+		return *s.Exit
+	}
+	return s.To
 }
 
 // Pause stops systems that turn on a core when there is nothing to do, and Resume has them go on. A system is made resumed.

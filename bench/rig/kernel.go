@@ -65,7 +65,7 @@ func buildKernel(name string, routes func(*space, int)) func(context.Context, *E
 			routes(s, nodes)
 		case Outside:
 			s.underlay(nodes, spec.Link)
-			sys.To = s.outside(spec.Link)
+			sys.To, sys.Exit = s.outside(spec.Link)
 			routes(s, nodes)
 		}
 		if name == "kernel+rps" {

@@ -82,7 +82,7 @@ func buildOverplane(ctx context.Context, e *Env, spec Spec, name, podPort, rung 
 	case TwoNodes:
 		sys.To, err = podEndpoint(ctx, l.Nodes[1].Pods[0])
 	case Outside:
-		sys.To = extEndpoint(l.Ext())
+		sys.To, sys.Exit = extEndpoint(l.Ext()), exitEndpoint(l.Gateway())
 	}
 	if err != nil {
 		return nil, fail(sys, err)

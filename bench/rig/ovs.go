@@ -49,7 +49,7 @@ func buildOVS(ctx context.Context, env *Env, spec Spec) (*System, error) {
 			fmt.Sprintf("table=0,ip,nw_dst=%s,actions=dec_ttl,mod_dl_src:%s,mod_dl_dst:%s,output:%s1", podAddr(1, 1), portMAC(1, 1), podMAC(1, 1), nodePort))
 	} else {
 		s.underlay(1, spec.Link)
-		sys.To = s.outside(spec.Link)
+		sys.To, sys.Exit = s.outside(spec.Link)
 		s.run("ip -n %s addr flush dev %s", node, uplink)
 		ports = append(ports, uplink)
 		flows = append(flows,

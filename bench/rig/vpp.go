@@ -43,7 +43,7 @@ func buildVPP(ctx context.Context, env *Env, spec Spec) (*System, error) {
 			"ip neighbor p2 "+podAddr(1, 2)+" "+podMAC(1, 2)+" static", "ip route add "+podAddr(1, 2)+"/32 via "+podAddr(1, 2)+" p2")
 	} else {
 		s.underlay(1, spec.Link)
-		sys.To = s.outside(spec.Link)
+		sys.To, sys.Exit = s.outside(spec.Link)
 		s.run("ip -n %s addr flush dev %s", node, uplink)
 		script = append(script,
 			"create interface af_xdp host-if "+uplink+" name up num-rx-queues 1 no-zero-copy",

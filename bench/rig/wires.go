@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"github.com/overplane/overplane/bench/load"
+	"github.com/overplane/overplane/test/lab"
 )
 
 // The address plan is the lab's.
@@ -66,6 +67,8 @@ func (s *space) underlay(nodes int, link Link) {
 	gw := s.add("gw", true)
 	s.run("ip -n %s link add %s address %s type bridge mcast_snooping 0", gw, bridge, gatewayMACText)
 	s.run("ip -n %s link set %s up", gw, bridge)
+	// Switches have no firewall. Where br_netfilter is not loaded there is no such setting.
+	_ = lab.SetSysctl(gw, "net/bridge/bridge-nf-call-iptables", "0")
 	s.run("ip -n %s addr add %s/24 dev %s", gw, gatewayAddr, bridge)
 	for n := 1; n <= nodes; n++ {
 		node, port := s.ns(fmt.Sprintf("n%d", n)), fmt.Sprintf("n%d", n)
@@ -81,7 +84,7 @@ func (s *space) underlay(nodes int, link Link) {
 }
 
 // outside makes the ext namespace behind the router.
-func (s *space) outside(link Link) load.Endpoint {
+func (s *space) outside(link Link) (to load.Endpoint, exit *load.Endpoint) {
 	gw, ext := s.ns("gw"), s.add("ext", false)
 	s.run("ip -n %s link add ext address 02:4f:56:ff:00:02 type veth peer name %s address 02:4f:56:ff:00:03 netns %s", gw, uplink, ext)
 	s.run("ip -n %s link set ext up", gw)
@@ -91,12 +94,15 @@ func (s *space) outside(link Link) load.Endpoint {
 	s.run("ip -n %s route add default via %s", ext, extGateway)
 	setOffloads(s, gw, "ext", link)
 	setOffloads(s, ext, uplink, link)
-	return extEndpoint(ext)
+	return extEndpoint(ext), exitEndpoint(gw)
 }
 
 func extEndpoint(ns string) load.Endpoint {
 	return load.Endpoint{Netns: ns, Device: uplink, Addr: netip.MustParseAddr(extAddr)}
 }
+
+// exitEndpoint is the underlay's end of node 1's uplink.
+func exitEndpoint(gw string) *load.Endpoint { return &load.Endpoint{Netns: gw, Device: "n1"} }
 
 // setLink sets the offloads of the underlay's devices: the bridge's ports in gw, and the nodes' uplinks.
 func setLink(s *space, gw string, nodes int, node func(int) string, link Link) error {
