@@ -19,9 +19,10 @@ import (
 
 // How an idle worker behaves.
 const (
-	// patience is how long after its last packet a worker watches the queues that it sees into without a system call, before it sleeps: about what
-	// falling asleep and being woken cost. Not more, since the core may be needed by a pod.
-	patience = 10 * time.Microsecond
+	// patience is how long a worker that ran dry goes on asking, if the next packet came within as much of it the last time, and the packets since were few: those of requests and
+	// responses, whose time being woken is a large part of. Others find it asleep. Many packets at short intervals cost less together, as they are after a sleep.
+	patience  = 50 * time.Microsecond
+	fewFrames = 4
 	// sleep is the longest a worker stays in epoll, so that its heartbeat goes on. The steering program's limit is a multiple of it.
 	sleep = 250 * time.Millisecond
 	// sleepOwing is the same while a device has frames that it has not sent, or not given back: that it has room again wakes nobody.
@@ -226,22 +227,29 @@ func (d *Dataplane) wake() {
 	}
 }
 
-// watch polls the queues that cost no system call until one of them gives something, and reports whether one did before patience ended. Epoll's queues
-// are asked by the sleep that follows.
-func (w *Worker) watch() bool {
-	if len(w.polled) == 0 {
-		return false
-	}
-	for until := w.now + int64(patience); w.now < until; {
-		w.now = w.clock.now()
-		if w.servePolled() > 0 {
-			w.polls++
-			w.busyPolls++
-			return true
+// watch polls on until there is something or patience, counted from since, has ended, and returns how many frames there were. Whoever else wants the core gets it in between.
+func (w *Worker) watch(since int64) int {
+	for w.now-since < int64(patience) {
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+		if n := w.Poll(); n > 0 {
+			return n
 		}
-		w.kick()
 	}
-	return false
+	return 0
+}
+
+// park sleeps in epoll.
+func (w *Worker) park() {
+	w.parks++
+	w.parked.Store(true)
+	if !w.expecting() { // who hands something over from here on sees that it must wake this worker
+		limit := sleep
+		if len(w.kicks) > 0 {
+			limit = sleepOwing
+		}
+		w.wait.sleep(limit)
+	}
+	w.parked.Store(false)
 }
 
 // run polls until told to stop; idle, it sleeps in epoll.
@@ -255,19 +263,20 @@ func (w *Worker) run(stop *atomic.Bool) {
 			w.cpu = -1
 		}
 	}
+	brisk, burst := false, 0
 	for !stop.Load() {
-		if w.Poll() > 0 || w.watch() {
+		if n := w.Poll(); n > 0 {
+			burst += n
 			continue
 		}
-		w.parks++
-		w.parked.Store(true)
-		if !w.expecting() { // who hands something over from here on sees that it must wake this worker
-			limit := sleep
-			if len(w.kicks) > 0 {
-				limit = sleepOwing
+		dry, few := w.now, burst <= fewFrames
+		burst = 0
+		if brisk && few {
+			if burst = w.watch(dry); burst > 0 {
+				continue
 			}
-			w.wait.sleep(limit)
 		}
-		w.parked.Store(false)
+		w.park()
+		brisk = w.clock.now()-dry < int64(patience)
 	}
 }

@@ -166,7 +166,10 @@ func (w *Worker) Poll() int {
 	if w.translator != nil {
 		w.expireSessions()
 	}
-	total := w.servePolled()
+	total := 0
+	for i := range w.polled {
+		total += w.serve(&w.polled[i])
+	}
 	for _, i := range w.wait.ready() {
 		total += w.serve(&w.wait.sources[i])
 	}
@@ -179,14 +182,6 @@ func (w *Worker) Poll() int {
 		w.busyPolls++
 	}
 	w.finish()
-	return total
-}
-
-// servePolled serves the queues that are asked on every poll.
-func (w *Worker) servePolled() (total int) {
-	for i := range w.polled {
-		total += w.serve(&w.polled[i])
-	}
 	return total
 }
 
