@@ -71,11 +71,10 @@ func (r *Runner) udp(ctx context.Context, name string, size int, gso bool, syste
 		for metric, n := range map[string]uint64{"received": a.received, "sent": a.sent} {
 			r.Result.Add(result.Key{Scenario: "udp", Case: name, System: s.Name, Metric: metric}, "Mpps", false, round, float64(n)/a.took.Seconds()/1e6)
 		}
-		// A sending TAP counts frames, and a GSO frame is many datagrams: its queue's share cannot be told.
-		a.before.taken = 0
-		tap := s.TAP
-		s.TAP = false
-		defer func() { s.TAP = tap }()
+		if gso && s.TAP { // it counts frames, and such a frame is many datagrams: its queue's share cannot be told
+			a.before.taken, s.TAP = 0, false
+			defer func() { s.TAP = true }()
+		}
 		return r.reconcile(ctx, "udp", name, s, a.sent, a.received, a.before)
 	})
 }
