@@ -58,7 +58,7 @@ func (w *Worker) enqueue(out *slot, j *journey, i int, chain []port.Frame) {
 	case out.accept != 0:
 		w.hold(out, i, f, out.accept)
 	default:
-		w.push(out, chain)
+		w.pushOne(out, f)
 	}
 }
 
@@ -138,8 +138,7 @@ func (w *Worker) segment(out *slot, p *packet.Packet, chain []port.Frame) {
 		}
 		f.Len = uint32(s.Next(w.pool.Buffer(&f)))
 		f.Offload = offload
-		w.made[0] = f
-		w.push(out, w.made[:1])
+		w.pushOne(out, &f)
 	}
 	if left > 0 {
 		w.dropOut(out, drop.NoFrame, chain, left)
@@ -195,8 +194,7 @@ func (w *Worker) fragment(out *slot, mtu int, p *packet.Packet, chain []port.Fra
 			return
 		}
 		f.Len = uint32(n)
-		w.made[0] = f
-		w.push(out, w.made[:1])
+		w.pushOne(out, &f)
 	}
 	w.generated += made - 1
 	w.pool.FreeAll(chain)
@@ -251,11 +249,21 @@ func (w *Worker) push(out *slot, chain []port.Frame) {
 	if len(out.queue) == 0 {
 		w.touched = append(w.touched, out)
 	}
-	if len(chain) == 1 { // mostly: storing one costs less than the call append makes of a slice
-		out.queue = append(out.queue, chain[0])
-		return
-	}
 	out.queue = append(out.queue, chain...)
+}
+
+// pushOne is push for a packet of one frame, as most are. Append would copy the frame by way of the stack, in two pieces that overlap, and wait for itself.
+func (w *Worker) pushOne(out *slot, f *port.Frame) {
+	n := len(out.queue)
+	if n == cap(out.queue) {
+		w.transmit(out)
+		n = 0
+	}
+	if n == 0 {
+		w.touched = append(w.touched, out)
+	}
+	out.queue = out.queue[:n+1]
+	out.queue[n] = *f
 }
 
 // flush hands every touched port its queue.

@@ -51,7 +51,7 @@ func (w *Worker) parse(in *slot, frames []port.Frame) (n int) {
 		i += int(j.frames)
 		packet.Parse(&j.packet, w.pool.Bytes(f), total)
 		j.size, j.segments = j.packet.Length, 1
-		if f.Offload != (port.Offload{}) {
+		if !f.Offload.IsZero() {
 			w.parseOffload(j, j.chain(frames), total)
 		}
 		traffic.Frames++
