@@ -279,10 +279,21 @@ func (r *Runner) noLoss(ctx context.Context, name string, c ppsCase, systems []*
 
 // xsk measures a flood again that another generator makes: an AF_XDP socket in the sending pod.
 func (r *Runner) xsk(ctx context.Context, name string, systems []*rig.System) error {
+	generators := map[*rig.System]*load.XSK{}
+	defer func() {
+		for _, g := range generators {
+			_ = g.Close()
+		}
+	}()
 	return r.rounds(ctx, "pps "+name+", flood", systems, func(ctx context.Context, round int, s *rig.System) error {
-		a, err := arrivals(ctx, s, func() (uint64, time.Duration, error) {
-			return load.XSK(ctx, s.From, s.To, load.MinFrame, rig.LoadCore(), r.Span)
-		})
+		if generators[s] == nil {
+			g, err := load.NewXSK(s.From, s.To, load.MinFrame, rig.LoadCore())
+			if err != nil {
+				return err
+			}
+			generators[s] = g
+		}
+		a, err := arrivals(ctx, s, func() (uint64, time.Duration, error) { return generators[s].Run(ctx, r.Span) })
 		if err != nil {
 			return err
 		}

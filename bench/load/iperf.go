@@ -21,6 +21,16 @@ func IperfInstalled() bool {
 
 const iperfPort = "5201"
 
+// iperfReport is what is used of iperf3's JSON output.
+type iperfReport struct {
+	End struct {
+		Received struct {
+			Bits float64 `json:"bits_per_second"`
+		} `json:"sum_received"`
+	} `json:"end"`
+	Error string `json:"error"`
+}
+
 // Iperf measures one TCP stream by iperf3, for whole seconds, and returns bits a second as its server received them.
 func Iperf(ctx context.Context, from, to Endpoint, span time.Duration) (float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, span+20*time.Second)
@@ -38,29 +48,26 @@ func Iperf(ctx context.Context, from, to Endpoint, span time.Duration) (float64,
 	}
 	defer func() { _ = server.Process.Kill(); _ = server.Wait() }()
 	seconds := fmt.Sprint(max(1, int(span/time.Second)))
-	// The server needs a moment to listen.
+	var r iperfReport
+	// The server needs a moment to listen. Some versions exit with 0 nevertheless.
 	for begin := time.Now(); ; {
 		report.Reset()
 		client, serr := start(from.Netns, &report, "-c", to.Addr.String(), "-p", iperfPort, "-t", seconds, "-C", congestion, "-J")
 		if serr != nil {
 			return 0, serr
 		}
-		if err = client.Wait(); err == nil || ctx.Err() != nil || time.Since(begin) > span+10*time.Second {
+		r = iperfReport{}
+		if err = client.Wait(); err == nil {
+			err = json.Unmarshal([]byte(report.String()), &r)
+		}
+		if err == nil && r.Error == "" || ctx.Err() != nil || time.Since(begin) > span+10*time.Second {
 			break
 		}
 		if werr := Wait(ctx, 50*time.Millisecond); werr != nil {
 			return 0, werr
 		}
 	}
-	var r struct {
-		End struct {
-			Received struct {
-				Bits float64 `json:"bits_per_second"`
-			} `json:"sum_received"`
-		} `json:"end"`
-		Error string `json:"error"`
-	}
-	if jerr := json.Unmarshal([]byte(report.String()), &r); jerr != nil || err != nil || r.Error != "" {
+	if err != nil || r.Error != "" {
 		return 0, fmt.Errorf("iperf3 from %s to %v: %v %s", from.Netns, to.Addr, err, strings.TrimSpace(r.Error+said.String()))
 	}
 	return r.End.Received.Bits, nil
