@@ -19,10 +19,11 @@ import (
 
 // How an idle worker behaves.
 const (
-	// patience is how long a worker that ran dry goes on asking, if the next packet came within as much of it the last time, and the packets since were few: those of requests and
-	// responses, whose time being woken is a large part of. Others find it asleep. Many packets at short intervals cost less together, as they are after a sleep.
-	patience  = 50 * time.Microsecond
-	fewFrames = 4
+	// patience is how long a worker that ran dry goes on asking, if the next packet came within as much of it the last time. Being woken costs whoever waits for an answer, and waking costs
+	// who sends a stream. Others find it asleep.
+	patience = 50 * time.Microsecond
+	// gather is how much of it passes before TAPs are asked.
+	gather = 10 * time.Microsecond
 	// sleep is the longest a worker stays in epoll, so that its heartbeat goes on. The steering program's limit is a multiple of it.
 	sleep = 250 * time.Millisecond
 	// sleepOwing is the same while a device has frames that it has not sent, or not given back: that it has room again wakes nobody.
@@ -227,15 +228,23 @@ func (d *Dataplane) wake() {
 	}
 }
 
-// watch polls on until there is something or patience, counted from since, has ended, and returns how many frames there were. Whoever else wants the core gets it in between.
-func (w *Worker) watch(since int64) int {
+// watch goes on until there is something or patience, counted from since, has ended, and reports whether there was. At first it looks at nothing but the queues that cost no system call: what comes
+// at once is the next of a stream, and better taken with those behind it. Whoever else wants the core gets it in between.
+func (w *Worker) watch(since int64) bool {
 	for w.now-since < int64(patience) {
 		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
-		if n := w.Poll(); n > 0 {
-			return n
+		if w.now-since < int64(gather) {
+			w.now = w.clock.now()
+			if w.servePolled() > 0 {
+				return true
+			}
+			continue
+		}
+		if w.Poll() > 0 {
+			return true
 		}
 	}
-	return 0
+	return false
 }
 
 // park sleeps in epoll.
@@ -263,18 +272,14 @@ func (w *Worker) run(stop *atomic.Bool) {
 			w.cpu = -1
 		}
 	}
-	brisk, burst := false, 0
+	brisk := false
 	for !stop.Load() {
-		if n := w.Poll(); n > 0 {
-			burst += n
+		if w.Poll() > 0 {
 			continue
 		}
-		dry, few := w.now, burst <= fewFrames
-		burst = 0
-		if brisk && few {
-			if burst = w.watch(dry); burst > 0 {
-				continue
-			}
+		dry := w.now
+		if brisk && w.watch(dry) {
+			continue
 		}
 		w.park()
 		brisk = w.clock.now()-dry < int64(patience)

@@ -166,10 +166,7 @@ func (w *Worker) Poll() int {
 	if w.translator != nil {
 		w.expireSessions()
 	}
-	total := 0
-	for i := range w.polled {
-		total += w.serve(&w.polled[i])
-	}
+	total := w.servePolled()
 	for _, i := range w.wait.ready() {
 		total += w.serve(&w.wait.sources[i])
 	}
@@ -182,6 +179,14 @@ func (w *Worker) Poll() int {
 		w.busyPolls++
 	}
 	w.finish()
+	return total
+}
+
+// servePolled serves the queues that cost no system call.
+func (w *Worker) servePolled() (total int) {
+	for i := range w.polled {
+		total += w.serve(&w.polled[i])
+	}
 	return total
 }
 
