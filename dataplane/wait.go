@@ -11,7 +11,7 @@ import (
 type waiter struct {
 	epoll, wake int
 	sources     []source // by the index that events carry; holes have a nil queue
-	blocking    int      // queues that are not polled: if there are none, ready(0) needs no system call
+	blocking    int      // queues that are not polled: if there are none, ready needs no system call
 	events      [64]unix.EpollEvent
 	named       []int32
 	fresh       bool // named is what ended a sleep, and no queue has left since
