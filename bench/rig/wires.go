@@ -67,8 +67,7 @@ func (s *space) underlay(nodes int, link Link) {
 	gw := s.add("gw", true)
 	s.run("ip -n %s link add %s address %s type bridge mcast_snooping 0", gw, bridge, gatewayMACText)
 	s.run("ip -n %s link set %s up", gw, bridge)
-	// Switches have no firewall. Where br_netfilter is not loaded there is no such setting.
-	_ = lab.SetSysctl(gw, "net/bridge/bridge-nf-call-iptables", "0")
+	s.fail(lab.InNetns(gw, lab.NoBridgeNetfilter))
 	s.run("ip -n %s addr add %s/24 dev %s", gw, gatewayAddr, bridge)
 	for n := 1; n <= nodes; n++ {
 		node, port := s.ns(fmt.Sprintf("n%d", n)), fmt.Sprintf("n%d", n)

@@ -160,9 +160,9 @@ func newNetns(name string, forward bool) error {
 	})
 }
 
-// noBridgeNetfilter keeps frames that cross the bridge away from iptables, where br_netfilter is loaded: the underlay is a switch, and switches have
+// NoBridgeNetfilter keeps frames that cross the bridge away from iptables, where br_netfilter is loaded: the underlay is a switch, and switches have
 // no firewall. In the calling thread's network namespace.
-func noBridgeNetfilter() error {
+func NoBridgeNetfilter() error {
 	for _, what := range []string{"arptables", "ip6tables", "iptables"} {
 		err := setSysctl("net/bridge/bridge-nf-call-"+what, "0")
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -181,7 +181,7 @@ func buildUnderlay(lab string, mtu int) error {
 	if err := newNetns(ext, false); err != nil {
 		return err
 	}
-	if err := InNetns(gw, noBridgeNetfilter); err != nil {
+	if err := InNetns(gw, NoBridgeNetfilter); err != nil {
 		return err
 	}
 	h, err := openHandle(gw)
